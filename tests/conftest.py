@@ -1,0 +1,55 @@
+"""Shared fixtures: fixed seeds, fresh memory that is NaN, a backend to run under."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent))  # tests/tolerances.py; appended, so it shadows nothing
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.empty and its kin return NaN, so that an op that reads memory it did not write is found out."""
+
+    def poison(make):
+        def poisoned(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return poisoned
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+    yield
+
+
+def rsd_backends() -> list:
+    """Backends of the RSD op that can run here on the CPU, the missing ones as skips with their reason."""
+    import xdfast
+
+    report = next(r for r in xdfast.ops.explain(["cpu"]) if r.op == "rsd_loss")
+    return [
+        pytest.param(rung.backend, marks=() if rung.available else pytest.mark.skip(reason=rung.reason))
+        for rung in report.rungs
+        if rung.backend != "triton"  # CUDA only; its kernel is tested in tests/kernels
+    ]
+
+
+@pytest.fixture(params=rsd_backends())
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test under every backend available on this machine's CPU."""
+    import xdfast
+
+    with xdfast.backend(request.param):
+        yield request.param

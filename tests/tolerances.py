@@ -1,0 +1,32 @@
+"""One table of tolerances: (quantity, dtype) → relative error against the fp64 reference, with the reason.
+
+"value" is |a − b| / |b|; "gradient" is ‖a − b‖ / ‖b‖ over the whole tensor (a vector comparison: single entries of a
+gradient may be near zero).
+"""
+
+from __future__ import annotations
+
+import torch
+
+TOLERANCES: dict[tuple[str, torch.dtype], float] = {
+    # The issue's promise for fp64, far above rounding (1e-16 · D).
+    ("value", torch.float64): 1e-10,
+    ("gradient", torch.float64): 1e-10,
+    # fp32 statistics and products: rounding 6e-8 · sqrt(terms); measured 1e-7, promised 1e-5.
+    ("value", torch.float32): 1e-6,
+    ("gradient", torch.float32): 5e-6,
+    # Half inputs are compared with the fp64 result of the same rounded inputs, so only the output's rounding is left:
+    # the loss is fp32; the gradient is rounded to 8 (bf16) or 11 (fp16) bits twice, when it is saved and when it is
+    # multiplied by the incoming gradient: 2 · 2⁻⁸ and 2 · 2⁻¹¹.
+    ("value", torch.bfloat16): 1e-6,
+    ("gradient", torch.bfloat16): 8e-3,
+    ("value", torch.float16): 1e-6,
+    ("gradient", torch.float16): 1e-3,
+}
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖ in float64 (absolute where the expected norm is 0)."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    norm = expected.norm()
+    return float((actual - expected).norm() / (norm if norm > 0 else 1))

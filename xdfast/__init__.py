@@ -1,0 +1,89 @@
+"""xdfast: distil a big vision model into a small fast one, and prove that it is fast.
+
+Every public name is loaded on first use (PEP 562), so ``import xdfast`` costs little beyond ``import torch``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from xdfast._version import __version__
+
+_PUBLIC = {
+    # drop-in pieces
+    "RSDLoss": "xdfast.losses.rsd",
+    "KDLoss": "xdfast.losses.kd",
+    "FeatureMSELoss": "xdfast.losses.feature",
+    "AAD": "xdfast.nn.aad",
+    "create_loss": "xdfast.losses",
+    "list_losses": "xdfast.losses",
+    "rsd_loss": "xdfast.ops",
+    "backend": "xdfast.ops",
+    # models
+    "create_model": "xdfast.models",
+    # the pipeline
+    "DistillConfig": "xdfast.pipeline",
+    "FinetuneConfig": "xdfast.pipeline",
+    "EvaluateConfig": "xdfast.pipeline",
+    "distill": "xdfast.pipeline",
+    "finetune": "xdfast.pipeline",
+    "evaluate": "xdfast.pipeline",
+    "report": "xdfast.pipeline",
+}
+
+__all__ = [
+    "AAD",
+    "DistillConfig",
+    "EvaluateConfig",
+    "FeatureMSELoss",
+    "FinetuneConfig",
+    "KDLoss",
+    "RSDLoss",
+    "__version__",
+    "backend",
+    "create_loss",
+    "create_model",
+    "distill",
+    "evaluate",
+    "finetune",
+    "list_losses",
+    "report",
+    "rsd_loss",
+]
+
+if TYPE_CHECKING:  # what type checkers and editors see; nothing of it runs
+    from xdfast.losses import create_loss, list_losses
+    from xdfast.losses.feature import FeatureMSELoss
+    from xdfast.losses.kd import KDLoss
+    from xdfast.losses.rsd import RSDLoss
+    from xdfast.models import create_model
+    from xdfast.nn.aad import AAD
+    from xdfast.ops import backend, rsd_loss
+    from xdfast.pipeline import (
+        DistillConfig,
+        EvaluateConfig,
+        FinetuneConfig,
+        distill,
+        evaluate,
+        finetune,
+        report,
+    )
+
+
+#: Sub-packages reachable as attributes, loaded on first use like the names above.
+_ROOMS = ("data", "losses", "models", "nn", "ops", "pipeline", "reporting")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"xdfast.{name}")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'xdfast' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,10 @@
+"""Distillation losses with one interface, and a registry to make them by name."""
+
+from __future__ import annotations
+
+from xdfast.losses.base import DistillLoss, create_loss, list_losses, register_loss
+from xdfast.losses.feature import FeatureMSELoss
+from xdfast.losses.kd import KDLoss
+from xdfast.losses.rsd import RSDLoss
+
+__all__ = ["DistillLoss", "FeatureMSELoss", "KDLoss", "RSDLoss", "create_loss", "list_losses", "register_loss"]

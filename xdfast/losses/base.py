@@ -1,0 +1,80 @@
+"""What every distillation loss has in common, and the registry of losses."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from xdfast.errors import nearest
+from xdfast.ops._checks import check_number
+
+__all__ = ["DistillLoss", "create_loss", "list_losses", "register_loss"]
+
+
+class DistillLoss(nn.Module):
+    """Base of the losses: ``loss(student, teacher) → scalar``, already multiplied by ``weight``.
+
+    Attributes:
+        on: what the pipeline feeds it by default: ``"features"`` (penultimate, through a projector) or ``"logits"``.
+        default_weight: the weight the method's paper gives the term next to the cross-entropy.
+    """
+
+    on = "features"
+    default_weight = 1.0
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = check_number("weight", weight, minimum=0)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Any:
+        raise TypeError(f"{type(self).__name__} must define forward(student, teacher)")
+
+
+_registry: dict[str, tuple[type[DistillLoss], dict[str, Any]]] = {}
+
+
+def register_loss(name: str, **fixed: Any) -> Callable[[type[DistillLoss]], type[DistillLoss]]:
+    """Class decorator: makes a loss available as ``create_loss(name)``; ``fixed`` are preset arguments.
+
+    Raises:
+        ValueError: the name is taken by another class.
+    """
+
+    def decorator(cls: type[DistillLoss]) -> type[DistillLoss]:
+        if name in _registry and _registry[name][0] is not cls:
+            raise ValueError(f"loss {name!r} is already registered by {_registry[name][0].__qualname__}")
+        _registry[name] = (cls, fixed)
+        return cls
+
+    return decorator
+
+
+def list_losses(pattern: str = "*") -> list[str]:
+    """Names of the registered losses that match a shell pattern.
+
+    Example:
+        >>> import xdfast
+        >>> xdfast.list_losses("rsd*")
+        ['rsd', 'rsd-logits']
+    """
+    return sorted(fnmatch.filter(_registry, pattern))
+
+
+def create_loss(name: str, **options: Any) -> DistillLoss:
+    """A registered loss by name.
+
+    Args:
+        name: see :func:`list_losses`.
+        options: constructor arguments of the loss.
+
+    Raises:
+        ValueError: unknown name (the nearest ones are offered).
+        TypeError: an option the loss does not have.
+    """
+    if name not in _registry:
+        raise ValueError(f"unknown loss {name!r}; known: {', '.join(list_losses())}.{nearest(name, _registry)}")
+    cls, fixed = _registry[name]
+    return cls(**{**fixed, **options})
