@@ -1,0 +1,92 @@
+# Two commands do everything: `make demo` and `make test`. Both set up .venv first if it is not there.
+#
+#   VENV=folder     another virtual environment (made if missing); default .venv
+#   PYTHON=python   the interpreter a new environment is made from; default: the first of python3, python3.x that is >= 3.10
+#   ARGS="..."      passed on, e.g. make test ARGS="tests/ops -k rsd"
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# The folder kernels/ is installed as xdfast.kernels. With the repository's root on sys.path it would also be importable
+# as `kernels` and shadow a package of that name; this keeps the root off sys.path.
+export PYTHONSAFEPATH := 1
+
+VENV ?= .venv
+PYTHON ?=
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.xdfast-installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INPUTS := pyproject.toml setup.py $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \))
+
+.PHONY: help install demo test test-slow test-gpu bench lint format build clean
+
+help:
+	@echo "make demo        train a small student from a teacher on real images, write a report (about 5 minutes)"
+	@echo "                 your own: make demo DATA=/path/to/imagefolder TEACHER=vit_small_patch14_dinov2 STUDENT=resnet18"
+	@echo "make test        the tests (make test-slow, make test-gpu: the rest of them)"
+	@echo "make bench       benchmarks"
+	@echo "make lint        ruff, import rules, types          make format   let ruff rewrite"
+	@echo "make build       wheel and source archive in dist/"
+	@echo "make install     only set up the environment: $(VENV)"
+	@echo "make clean       remove what was built (the environment stays)"
+
+install: $(STAMP)
+
+# torch is installed once, by the first pip call; that build is isolated and so cannot see torch. The second call builds
+# the compiled extension against the torch just installed. A failing compiler does not fail the set-up (unless
+# XDFAST_BUILD_EXT=1); the last line says what came of it.
+$(STAMP): $(INPUTS)
+	@if [ ! -x "$(BIN)/python" ]; then \
+	  python="$(PYTHON)"; \
+	  for candidate in $${python:-python3 python3.13 python3.12 python3.11 python3.10}; do \
+	    if command -v "$$candidate" >/dev/null && "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then found="$$candidate"; break; fi; \
+	  done; \
+	  if [ -z "$${found:-}" ]; then \
+	    echo "xdfast needs Python 3.10 or newer; found: $$($${python:-python3} --version 2>&1 || true). Install one, or name it: make $(firstword $(MAKECMDGOALS)) PYTHON=/path/to/python3.11" >&2; exit 1; \
+	  fi; \
+	  echo "making $(VENV) with $$($$found --version)"; \
+	  "$$found" -m venv "$(VENV)" || { rm -rf "$(VENV)"; echo "$$found cannot make virtual environments; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }; \
+	fi
+	@"$(BIN)/python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(VENV) has $$($(BIN)/python --version); xdfast needs Python 3.10 or newer: remove the folder or name another with VENV=" >&2; exit 1; }
+	@echo "installing xdfast and what it needs into $(VENV) (torch is large: minutes the first time)"
+	@XDFAST_BUILD_EXT=0 $(PIP) install -e ".[dev]"
+	@echo "building the compiled extension"
+	@$(PIP) install --no-build-isolation --no-deps -e .
+	@"$(BIN)/python" -c 'import json; i = json.load(open("xdfast/_build_info.json")); print("compiled extension: built for torch " + i["torch"] if i["built"] else "compiled extension: not built, xdfast runs without it (" + i["reason"] + "); `xdfast doctor` says how to build it")'
+	@touch "$@"
+
+demo: $(STAMP)
+	@"$(BIN)/xdfast" demo $(if $(DATA),--data "$(DATA)") $(if $(TEACHER),--teacher "$(TEACHER)") $(if $(STUDENT),--student "$(STUDENT)") $(ARGS)
+
+test: $(STAMP)
+	@"$(BIN)/pytest" $(ARGS)
+
+test-slow: $(STAMP)
+	@"$(BIN)/pytest" -m "slow and not gpu" $(ARGS)
+
+test-gpu: $(STAMP)
+	@"$(BIN)/pytest" -m gpu $(ARGS)
+
+bench: $(STAMP)
+	@"$(BIN)/pytest" bench --benchmark-only $(ARGS)
+
+lint: $(STAMP)
+	@"$(BIN)/ruff" check .
+	@"$(BIN)/ruff" format --check .
+	@"$(BIN)/lint-imports"
+	@"$(BIN)/mypy"
+
+format: $(STAMP)
+	@"$(BIN)/ruff" check --fix .
+	@"$(BIN)/ruff" format .
+
+# An old build/ would put deleted modules into the wheel.
+build: $(STAMP)
+	@rm -rf build dist
+	@"$(BIN)/python" -m build --no-isolation
+
+clean:
+	@rm -rf build dist *.egg-info xdfast/_C.*.so xdfast/_build_info.json .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .benchmarks .hypothesis "$(STAMP)"
+	@find xdfast kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

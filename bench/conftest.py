@@ -1,0 +1,13 @@
+"""Benchmarks are functions named ``bench_…`` in files named ``bench_….py``; their helpers lie beside them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))
+
+
+def pytest_configure(config) -> None:
+    config.addinivalue_line("python_files", "bench_*.py")
+    config.addinivalue_line("python_functions", "bench_*")

@@ -1,0 +1,82 @@
+"""One definition for Python, YAML and the command line; bad values are named before any work."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from xdfast.cli import _parse
+from xdfast.pipeline import DistillConfig, EvaluateConfig, FinetuneConfig
+from xdfast.recipes import recipe_names, recipe_path
+
+BASE = {"teacher": "a", "student": "b", "data": "c", "out": "d"}
+FLAGS = ["--teacher", "a", "--student", "b", "--data", "c", "--out", "d"]
+
+
+def test_the_command_line_gives_the_same_config_as_python() -> None:
+    flags = [*FLAGS, "--epochs", "3", "--loss", "kd", "--lr", "0.2", "--ema", "0.99", "--labels-per-class", "4", "--tensorboard"]
+    expected = DistillConfig(**BASE, epochs=3, loss="kd", lr=0.2, ema=0.99, labels_per_class=4, tensorboard=True)
+    assert _parse(DistillConfig, flags, "distill") == expected
+
+
+def test_yaml_round_trip(tmp_path) -> None:
+    config = FinetuneConfig(model="m", data="c", out="d", epochs=7, student_options={"drop_path_rate": 0.1})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(config.to_dict()))
+    assert _parse(FinetuneConfig, ["--recipe", str(path)], "finetune") == config
+    assert _parse(FinetuneConfig, [f"--recipe={path}", "--epochs", "9"], "finetune").epochs == 9
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_makes_a_valid_config(name) -> None:
+    config = _parse(DistillConfig, ["--recipe", name, *FLAGS], "distill")
+    config.validate()
+    values = yaml.safe_load(recipe_path(name).read_text())
+    assert config.epochs == values["epochs"]
+    assert config.lr == values["lr"]
+
+
+def test_a_recipe_for_another_verb_and_an_unknown_one() -> None:
+    with pytest.raises(ValueError, match="is for `xdfast distill`, not `xdfast finetune`"):
+        _parse(FinetuneConfig, ["--recipe", "rsd-cifar-cnn"], "finetune")
+    with pytest.raises(FileNotFoundError, match="unknown recipe 'rsd-cifar'.*Did you mean"):
+        _parse(DistillConfig, ["--recipe", "rsd-cifar"], "distill")
+
+
+def test_unknown_and_missing_settings() -> None:
+    with pytest.raises(ValueError, match="DistillConfig has no setting 'epoch'.*Did you mean 'epochs'"):
+        DistillConfig.from_dict({**BASE, "epoch": 3})
+    with pytest.raises(ValueError, match="DistillConfig needs student, data"):
+        DistillConfig.from_dict({"teacher": "a", "out": "d"})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("kappa", -0.1, "kappa must be ≥ 0, got -0.1"),
+        ("epochs", 0, "epochs must be > 0, got 0"),
+        ("batch_size", 0, "batch_size must be > 0, got 0"),
+        ("lr", -1.0, "lr must be > 0"),
+        ("loss", "rds", "unknown 'rds'.*Did you mean 'rsd'"),
+        ("schedule", "cosin", "schedule must be one of .*Did you mean 'cosine'"),
+        ("amp", "half", "amp must be one of"),
+        ("ema", 1.5, "ema must be a decay between 0 and 1"),
+        ("warmup_epochs", 100, r"warmup_epochs \(100\) must be below epochs \(100\)"),
+        ("label_smoothing", 1.0, r"label_smoothing must be in \[0, 1\)"),
+        ("workers", -1, "workers must be 'auto' or an integer"),
+        ("val_fraction", 0.0, "val_fraction must be between 0 and 1"),
+        ("temperature", 0.0, "temperature must be > 0"),
+        ("random_erase", 2.0, "random_erase must be a probability"),
+        ("teacher_precision", "int8", "teacher_precision must be"),
+    ],
+)
+def test_bad_values_are_named(setting, value, message) -> None:
+    config = DistillConfig(**{**BASE, setting: value})
+    with pytest.raises(ValueError, match=message):
+        config.validate()
+
+
+def test_evaluate_needs_data() -> None:
+    config = EvaluateConfig(model="resnet18", knn=-1, data="x")
+    with pytest.raises(ValueError, match="knn must be ≥ 0"):
+        config.validate()

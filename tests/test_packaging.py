@@ -1,0 +1,223 @@
+"""What is shipped, and that it imports from anywhere: the packaging traps of a folder mapped by package_dir."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import xdfast
+
+ROOT = Path(__file__).resolve().parent.parent
+
+if not (ROOT / "setup.py").is_file():
+    pytest.skip("these tests need the source tree", allow_module_level=True)
+
+NEEDED = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "csrc", "kernels", "xdfast", "tests"]
+OPTIONAL = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile"]
+
+
+def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """A command with a clean environment for builds; PYTHONSAFEPATH is off unless asked for, as for most users."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONSAFEPATH", "PYTHONPATH", "XDFAST_BUILD_EXT")}
+    return subprocess.run(
+        list(command), cwd=cwd, env=inherited | environment, capture_output=True, text=True, timeout=600
+    )
+
+
+def built(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result
+
+
+def pip_wheel(source: Path, out: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps", "-w", str(out)]
+    return run(*pip, *options, str(source), cwd=out.parent, **environment)
+
+
+def install(archive: Path, target: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps"]
+    built(run(*pip, "--target", str(target), str(archive), cwd=target.parent))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of what git would hold: builds leave files behind, and must not find the ones of the editable install."""
+    folder = tmp_path_factory.mktemp("packaging") / "source"
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "_build_info.json", ".*_cache")
+    for name in [*NEEDED, *(n for n in OPTIONAL if (ROOT / n).exists())]:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+        else:
+            folder.mkdir(exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("wheel") / "dist"
+    built(pip_wheel(source, out, "--no-build-isolation", XDFAST_BUILD_EXT="0"))
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def names(wheel) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def test_wheel_without_the_extension_runs_anywhere(wheel):
+    assert wheel.name == f"xdfast-{xdfast.__version__}-py3-none-any.whl"
+
+
+def test_wheel_holds_every_module_and_its_data(names):
+    expected = {f"xdfast/{p.relative_to(ROOT / 'xdfast').as_posix()}" for p in (ROOT / "xdfast").rglob("*.py")}
+    expected |= {f"xdfast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    expected |= {f"xdfast/recipes/{p.name}" for p in (ROOT / "xdfast/recipes").glob("*.yaml")}
+    expected |= {
+        f"xdfast/{p.relative_to(ROOT / 'xdfast').as_posix()}"
+        for p in (ROOT / "xdfast/report/templates").rglob("*")
+        if p.is_file()
+    }
+    assert expected - names == set()
+    assert "xdfast/py.typed" in names
+
+
+def test_wheel_holds_nothing_else(names):
+    top = {name.split("/")[0] for name in names}
+    assert top == {"xdfast", f"xdfast-{xdfast.__version__}.dist-info"}
+    assert not [n for n in names if n.endswith((".so", ".cpp", ".pyc"))]
+    assert not [n for n in names if "test" in Path(n).name and n.endswith(".py")]
+
+
+def test_wheel_metadata(wheel, names):
+    info = f"xdfast-{xdfast.__version__}.dist-info"
+    assert f"{info}/licenses/LICENSE" in names
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(f"{info}/METADATA").decode()
+        entry_points = archive.read(f"{info}/entry_points.txt").decode()
+        build_info = json.loads(archive.read("xdfast/_build_info.json"))
+    assert "License-Expression: Apache-2.0" in metadata
+    assert "Requires-Python: >=3.10" in metadata
+    assert "xdfast = xdfast.cli:main" in entry_points
+    requirements = [line.split(":", 1)[1].strip() for line in metadata.splitlines() if line.startswith("Requires-Dist")]
+    assert "torch>=2.9" in requirements
+    # `apex` on PyPI is an unrelated project, and torch brings the triton that matches it.
+    assert not [r for r in requirements if r.lower().startswith(("apex", "triton"))]
+    assert build_info["built"] is False and "XDFAST_BUILD_EXT=0" in build_info["reason"]
+
+
+def test_installed_wheel_imports_from_another_folder(wheel, tmp_path):
+    target = tmp_path / "site"
+    install(wheel, target)
+    code = "import xdfast, xdfast.kernels, xdfast.ops; print(xdfast.__file__); print(xdfast.kernels.__file__)"
+    result = built(run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(target)))
+    assert result.stdout.split() == [str(target / "xdfast/__init__.py"), str(target / "xdfast/kernels/__init__.py")]
+    # Nothing named `kernels` was installed beside it.
+    assert not (target / "kernels").exists() and not (target / "kernels.py").exists()
+
+
+def test_source_archive_can_build_everything(source, tmp_path):
+    code = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+    built(run(sys.executable, "-c", code, str(tmp_path), cwd=source, XDFAST_BUILD_EXT="0"))
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    shipped = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu")}
+    shipped |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").glob("*.py")}
+    shipped |= {"setup.py", "pyproject.toml", "LICENSE", "MANIFEST.in", "xdfast/_version.py"}
+    assert "csrc/checks.h" in shipped
+    assert shipped - names == set()
+    assert not [n for n in names if n.endswith((".so", ".pyc", "_build_info.json"))]
+
+
+def test_this_environment_resolves_the_kernels_to_the_same_tree():
+    import xdfast.kernels
+
+    here = Path(xdfast.__file__).resolve().parent
+    expected = ROOT / "kernels" if here == ROOT / "xdfast" else here / "kernels"
+    assert Path(xdfast.kernels.__file__).resolve().parent == expected
+
+
+def test_repository_root_is_not_on_the_path_of_the_tests():
+    on_path = [p for p in sys.path if Path(p or ".").resolve() == ROOT]
+    assert not on_path, (
+        f"{ROOT} is on sys.path, so the folder kernels/ shadows the package of that name. Run the `pytest` script with "
+        "PYTHONSAFEPATH=1 (make test does), never `python -m pytest`"
+    )
+
+
+def test_our_folder_does_not_take_the_name_kernels():
+    """Neither an editable install nor a wheel may claim the import name of another project's package."""
+    code = "import importlib.util as u; s = u.find_spec('kernels'); print('' if s is None else s.origin or 'namespace')"
+    origin = built(run(sys.executable, "-c", code, cwd=ROOT, PYTHONSAFEPATH="1")).stdout.strip()
+    site = [Path(sysconfig.get_path(p)).resolve() for p in ("purelib", "platlib")]
+    assert not origin or any(Path(origin).resolve().is_relative_to(s) for s in site), origin
+
+
+def test_kernels_refuses_to_be_a_top_level_package():
+    result = run(sys.executable, "-c", "import kernels", cwd=ROOT)
+    assert result.returncode != 0
+    assert "ImportError: this folder is installed as xdfast.kernels" in result.stderr
+
+
+@pytest.mark.slow
+def test_isolated_build_needs_no_torch(source, tmp_path):
+    """`pip install .` as a newcomer types it: the build environment holds setuptools and nothing else."""
+    result = built(pip_wheel(source, tmp_path / "dist", "-v"))
+    assert "torch could not be imported during the build" in result.stdout + result.stderr
+    assert "Collecting torch" not in result.stdout + result.stderr
+    archive = next((tmp_path / "dist").glob("*.whl"))
+    assert archive.name.endswith("-py3-none-any.whl")
+    info = json.loads(zipfile.ZipFile(archive).read("xdfast/_build_info.json"))
+    assert info["built"] is False and "--no-build-isolation" in info["how"]
+
+
+@pytest.mark.slow
+def test_build_with_the_extension(source, tmp_path):
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    built(pip_wheel(source, tmp_path / "dist", "--no-build-isolation", XDFAST_BUILD_EXT="1"))
+    archive = next((tmp_path / "dist").glob("*.whl"))
+    assert "none-any" not in archive.name
+    target = tmp_path / "site"
+    install(archive, target)
+    code = (
+        "import torch, xdfast, xdfast._C; assert xdfast._C.__file__.startswith(r'%s'), xdfast._C.__file__; "
+        "print(torch.ops.xdfast_c.rsd_standardize(torch.randn(4, 3), 1e-5)[0].shape)"
+    )
+    result = built(run(sys.executable, "-c", code % target, cwd=tmp_path, PYTHONPATH=str(target)))
+    assert "[4, 3]" in result.stdout
+    import torch
+
+    info = json.loads((target / "xdfast/_build_info.json").read_text())
+    assert info["built"] is True and info["torch"] == torch.__version__ and "-march=native" not in info["flags"]
+
+
+@pytest.mark.slow
+def test_failing_compiler_is_survived_unless_the_extension_is_demanded(source, tmp_path):
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\necho 'broken-c++: this compiler always fails' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    shutil.rmtree(source / "build", ignore_errors=True)  # objects of an earlier build would be reused
+    result = built(pip_wheel(source, tmp_path / "dist", "--no-build-isolation", "-v", CXX=str(broken)))
+    assert "installing without the compiled extension" in result.stdout + result.stderr
+    archive = next((tmp_path / "dist").glob("*.whl"))
+    names = zipfile.ZipFile(archive).namelist()
+    assert not [n for n in names if n.endswith(".so")]
+    info = json.loads(zipfile.ZipFile(archive).read("xdfast/_build_info.json"))
+    assert info["built"] is False and "compiler failed" in info["reason"]
+
+    shutil.rmtree(source / "build", ignore_errors=True)
+    demanded = pip_wheel(source, tmp_path / "again", "--no-build-isolation", CXX=str(broken), XDFAST_BUILD_EXT="1")
+    assert demanded.returncode != 0
+    nonsense = pip_wheel(source, tmp_path / "again", "--no-build-isolation", XDFAST_BUILD_EXT="maybe")
+    assert nonsense.returncode != 0 and "XDFAST_BUILD_EXT must be 1" in nonsense.stdout + nonsense.stderr

@@ -1,0 +1,176 @@
+"""``xdfast VERB``: the three verbs, the report, the demo, the recipes and the doctor on the command line.
+
+One definition: the fields of the config dataclasses are the options, ``--recipe NAME`` (or a YAML file) sets defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+__all__ = ["main"]
+
+_VERBS = {
+    "distill": "a student learns from a frozen teacher",
+    "finetune": "supervised training of one model",
+    "evaluate": "top-1/5, k-NN, linear probe, CKA of a run or model",
+    "report": "one HTML page and a JSON from finished runs",
+    "demo": "scratch, KD and RSD side by side on real images, with a report",
+    "recipes": "list the settings that ship with xdfast",
+    "doctor": "versions, devices, backends that would run and why",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit status. Errors a user can mend are one line, without a traceback."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    verbose = "--traceback" in args
+    args = [a for a in args if a != "--traceback"]
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if args[0] == "--version":
+        from xdfast import __version__
+
+        print(__version__)
+        return 0
+    verb, rest = args[0], args[1:]
+    if verb not in _VERBS:
+        from xdfast.errors import nearest
+
+        print(f"xdfast: unknown verb {verb!r}.{nearest(verb, _VERBS)}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    try:
+        return _COMMANDS[verb](rest) or 0
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+        if verbose:
+            raise
+        print(f"xdfast {verb}: {error}\n(--traceback shows where)", file=sys.stderr)
+        return 1
+
+
+def _usage() -> str:
+    lines = "\n".join(f"  {name:9s} {text}" for name, text in _VERBS.items())
+    return f"usage: xdfast VERB [options]\n\n{lines}\n\n`xdfast VERB --help` lists the options; --traceback shows where an error arose."
+
+
+def _parse(cls: type, args: list[str], verb: str) -> Any:
+    """A config from command-line options over the defaults of ``--recipe``."""
+    import tyro
+
+    from xdfast.pipeline.config import load_yaml
+    from xdfast.recipes import recipe_path
+
+    values: dict[str, Any] = {}
+    rest: list[str] = []
+    it = iter(args)
+    for arg in it:
+        name, _, attached = arg.partition("=")
+        if name == "--recipe":
+            chosen = attached or next(it, "")
+            values = load_yaml(recipe_path(chosen))
+            made_for = values.pop("verb", verb)
+            if made_for != verb:
+                raise ValueError(f"recipe {chosen!r} is for `xdfast {made_for}`, not `xdfast {verb}`")
+            values.pop("about", None)
+        else:
+            rest.append(arg)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    default = cls.from_dict({**dict.fromkeys(required, tyro.MISSING), **values}, source="recipe")
+    description = f"{_VERBS[verb]}. --recipe NAME|FILE.yaml sets defaults (`xdfast recipes` lists them)."
+    return tyro.cli(cls, args=rest, default=default, prog=f"xdfast {verb}", description=description)
+
+
+def _distill(args: list[str]) -> None:
+    from xdfast.pipeline import DistillConfig, distill
+
+    _finish(distill(_parse(DistillConfig, args, "distill")))
+
+
+def _finetune(args: list[str]) -> None:
+    from xdfast.pipeline import FinetuneConfig, finetune
+
+    _finish(finetune(_parse(FinetuneConfig, args, "finetune")))
+
+
+def _evaluate(args: list[str]) -> None:
+    from xdfast.pipeline import EvaluateConfig, evaluate
+
+    _finish(evaluate(_parse(EvaluateConfig, args, "evaluate")))
+
+
+def _finish(result: Any) -> None:
+    from xdfast import distributed
+
+    if distributed.is_main():
+        for name, value in result.metrics.items():
+            print(f"{name:14s} {value:.4g}")
+        if result.path is not None:
+            print(f"written to {result.path}")
+
+
+def _report(args: list[str]) -> None:
+    import tyro
+
+    from xdfast.pipeline import report
+
+    def run(runs: tyro.conf.Positional[tuple[str, ...]], out: str = "report.html", batch_sizes: tuple[int, ...] = (1, 32)) -> Any:
+        """One HTML page and a JSON from finished runs.
+
+        Args:
+            runs: folders of finished runs.
+            out: the page; the JSON stands beside it.
+            batch_sizes: batch sizes at which latency is measured.
+        """
+        return report(list(runs), out=out, batch_sizes=batch_sizes)
+
+    result = tyro.cli(run, args=args, prog="xdfast report")
+    print(f"written to {result.path} and {result.json_path}")
+
+
+def _demo(args: list[str]) -> None:
+    import tyro
+
+    from xdfast.pipeline.demo import DemoConfig, demo
+
+    demo(tyro.cli(DemoConfig, args=args, prog="xdfast demo", description=_VERBS["demo"]))
+
+
+def _recipes(args: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from xdfast.pipeline.config import load_yaml
+    from xdfast.recipes import recipe_names, recipe_path
+
+    table = Table("recipe", "verb", "about", title="xdfast VERB --recipe NAME")
+    for name in recipe_names():
+        values = load_yaml(recipe_path(name))
+        table.add_row(name, values.get("verb", ""), values.get("about", ""))
+    Console().print(table)
+
+
+def _doctor(args: list[str]) -> int:
+    from xdfast import doctor
+
+    return doctor.main(args)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    "distill": _distill,
+    "finetune": _finetune,
+    "evaluate": _evaluate,
+    "report": _report,
+    "demo": _demo,
+    "recipes": _recipes,
+    "doctor": _doctor,
+}
+

@@ -1,0 +1,111 @@
+"""From bytes to an RGB image, by one rule for every kind of file.
+
+========================  ==========================================================================================
+file                      what the models see
+========================  ==========================================================================================
+grayscale, 1 bit          the value in all three channels
+16-bit grayscale          scaled to 8 bits, ``round(v / 257)`` (Pillow alone would saturate at 255)
+CMYK                      Pillow's conversion, no colour profile
+palette, RGBA, LA         the stored colours; transparency is dropped, not blended
+EXIF orientation          ignored, as torchvision's ImageFolder, timm and published ImageNet training do
+animated GIF, WebP        the first frame
+wrong extension           the content decides
+truncated, garbage, empty :class:`BadImage`; Pillow's LOAD_TRUNCATED_IMAGES is never switched on
+32-bit integer, float     :class:`BadImage`: the range of such pixels is not known
+========================  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+__all__ = ["BadImage", "decode", "image_size", "to_rgb"]
+
+
+class BadImage(RuntimeError):
+    """An image that cannot be read.
+
+    Attributes:
+        path: file, archive member or dataset item.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[BadImage], tuple[str, str]]:
+        return BadImage, (self.path, self.reason)
+
+
+def decode(data: bytes, path: str) -> Image.Image:
+    """Decodes a whole image file.
+
+    Args:
+        data: the file's bytes.
+        path: its name in messages.
+
+    Returns:
+        An RGB image, pixels in memory.
+
+    Raises:
+        BadImage: the bytes are not one complete image.
+    """
+    image = _open(data, path)
+    try:
+        image.load()
+        return to_rgb(image, path)
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # a damaged file makes Pillow's plugins raise almost any type
+        raise BadImage(path, _reason(error)) from error
+
+
+def image_size(data: bytes, path: str) -> tuple[int, int]:
+    """(width, height) from the header; the pixels are not decoded.
+
+    Raises:
+        BadImage: the bytes do not start like an image.
+    """
+    return _open(data, path).size
+
+
+def to_rgb(image: Image.Image, path: str) -> Image.Image:
+    """An image of any mode as RGB, by the table of this module.
+
+    Raises:
+        BadImage: float or 32-bit pixels.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image)
+        if image.mode == "F" or values.size == 0 or values.min() < 0 or values.max() > 65535:
+            raise BadImage(path, f"{image.mode!r} pixels of unknown range; save the image with 8 or 16 bits a channel")
+        gray = (values.astype(np.uint32) + 128) // 257
+        return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA").convert("RGB")  # the direct way warns; the colours are the same
+    return image.convert("RGB")
+
+
+def _open(data: bytes, path: str) -> Image.Image:
+    if not data:
+        raise BadImage(path, "the file is empty (0 bytes)")
+    try:
+        return Image.open(io.BytesIO(data))
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        raise BadImage(path, _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image, or of a format this Pillow cannot read"
+    text = str(error).strip()
+    return text if text and not text.isdigit() else f"{type(error).__name__} {text}".strip()

@@ -1,0 +1,128 @@
+"""Images in class folders on disk."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from xdfast.data.decode import BadImage, decode, image_size
+from xdfast.data.layout import Tree, find_class_folders
+from xdfast.data.sources import ImageSource, PackedStrings
+
+__all__ = ["FolderSource", "missing_path"]
+
+
+class FolderSource(ImageSource):
+    """``ROOT/CLASS/…/image.jpg`` or ``ROOT/{train,val}/CLASS/…/image.jpg``; see :func:`find_class_folders`.
+
+    Args:
+        root: the folder.
+        split: ``"train"`` or ``"val"``, where the folder has such parts.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, PermissionError: the folder cannot be listed.
+        ValueError: it does not hold class folders with images.
+    """
+
+    def __init__(self, root: str | Path, split: str = "train") -> None:
+        root = Path(root).expanduser()
+        found = find_class_folders(_DiskTree(str(root)), split)
+        self.name = str(root)
+        self.classes = found.classes
+        self.labels = np.array(found.labels, dtype=np.int64)
+        self.part = found.part
+        self._base = found.base
+        self._names = PackedStrings(found.names)
+
+    def load(self, i: int) -> Image.Image:
+        path = self.path(i)
+        return decode(_read(path), path)
+
+    def size(self, i: int) -> tuple[int, int]:
+        path = self.path(i)
+        return image_size(_read(path), path)
+
+    def path(self, i: int) -> str:
+        return os.path.join(self.name, self._names[i])
+
+    def key(self, i: int) -> str:
+        return self._names[i].removeprefix(self._base)
+
+
+class _DiskTree(Tree):
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._listed: dict[str, tuple[list[str], list[str]]] = {}
+
+    def folders(self, folder: str) -> list[str]:
+        return self._list(folder)[0]
+
+    def files(self, folder: str) -> list[str]:
+        return self._list(folder)[1]
+
+    def walk(self, folder: str) -> list[str]:
+        names: list[str] = []
+        stack = [(folder, frozenset[str]())]
+        while stack:
+            here, above = stack.pop()
+            folders, files = self._list(here, keep=False)
+            names += [f"{here}/{name}" for name in files]
+            if folders:
+                # Links to folders are followed, but not in a circle.
+                real = os.path.realpath(os.path.join(self.root, here))
+                if real not in above:
+                    stack += [(f"{here}/{name}", above | {real}) for name in folders]
+        return sorted(names)
+
+    def _list(self, folder: str, keep: bool = True) -> tuple[list[str], list[str]]:
+        """(folders, files), hidden ones left out; what the layout asks for again is kept."""
+        if folder in self._listed:
+            return self._listed[folder]
+        path = os.path.join(self.root, folder) if folder else self.root
+        try:
+            with os.scandir(path) as entries:
+                folders, files = [], []
+                for entry in entries:
+                    if not entry.name.startswith("."):
+                        (folders if entry.is_dir() else files).append(entry.name)
+        except PermissionError as error:
+            raise PermissionError(f"the folder {path} may not be read ({error.strerror}); give this user read and execute rights on it") from error
+        except FileNotFoundError as error:
+            raise missing_path(path) from error
+        listed = sorted(folders), sorted(files)
+        if keep:
+            self._listed[folder] = listed
+        return listed
+
+
+def missing_path(path: str) -> FileNotFoundError:
+    """The error for a path that is not there: names the part that exists and what lies near the missing one."""
+    missing = Path(path)
+    parent = missing.parent
+    while not parent.is_dir() and parent != parent.parent:
+        missing, parent = parent, parent.parent
+    try:
+        beside = sorted(os.listdir(parent))
+    except OSError:
+        beside = []
+    by_lower = {name.lower(): name for name in beside}
+    near = [by_lower[n] for n in difflib.get_close_matches(missing.name.lower(), by_lower, n=3, cutoff=0.5)]
+    if near:
+        hint = f" Did you mean {', '.join(repr(n) for n in near)}?"
+    elif not beside:
+        hint = " That folder is empty."
+    else:
+        hint = f" It holds {', '.join(repr(n) for n in beside[:5])}{' …' if len(beside) > 5 else ''}."
+    return FileNotFoundError(f"{path} does not exist: there is no {missing.name!r} in {parent}.{hint}")
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise BadImage(path, error.strerror or str(error)) from error

@@ -1,0 +1,169 @@
+"""``ImageLoader``: the same batches whatever the number of workers, wherever a run was interrupted."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from xdfast.data.batches import BatchPlan, EpochPlan
+from xdfast.data.reader import Batch, BatchReader
+from xdfast.data.sources import ImageSource
+from xdfast.data.views import Augment, Views
+
+__all__ = ["ImageLoader", "choose_workers"]
+
+log = logging.getLogger("xdfast")
+
+_MAX_WORKERS = 8
+_SMALL_VIEW = 64
+_MANY = 10_000
+
+
+class ImageLoader:
+    """Batches of views, on torch's DataLoader.
+
+    Every random choice is a function of (seed, epoch, sample id): the same images for any number of workers, and
+    ``epoch(e, start=k)`` gives exactly the batches an unbroken epoch would have given from number ``k`` on. Global random
+    generators are left as found.
+
+    Unreadable images are named once in a warning and collected in :attr:`bad`. In training another image takes the
+    place (its own id and label); in evaluation the row stays, with ``valid`` False.
+
+    Args:
+        source: images, see :func:`open_source`.
+        batch_size: images per batch and process. A training set smaller than one batch gives one batch of all of it.
+        image_size: S, side of the views in pixels.
+        train: shuffled and augmented; else in order, every image once over all ranks.
+        augment: see :class:`Augment`.
+        seed: of order and views.
+        rank, world_size: this process and how many share the images; every rank gets the same number of batches.
+        workers: processes that read; ``"auto"``: none where small images are in memory, else one per core and rank, at most 8.
+        drop_last: leave out an incomplete last batch; default: in training.
+        max_bad: unreadable images to put up with; default: a tenth of them all, at least 10.
+
+    Attributes:
+        bad: path → reason of the unreadable images met so far. To continue a run, put those of the earlier part in.
+        batches_per_epoch: per rank, the same on every rank.
+
+    Raises:
+        ValueError: a value out of range, a policy timm does not know, fewer training images than processes.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        batch_size: int,
+        image_size: int,
+        train: bool,
+        augment: Augment | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int | Literal["auto"] = "auto",
+        drop_last: bool | None = None,
+        max_bad: int | None = None,
+    ) -> None:
+        if workers != "auto" and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 0):
+            raise ValueError(f"workers must be 'auto' or an integer ≥ 0, got {workers!r}")
+        self.source = source
+        self.bad: dict[str, str] = {}
+        self.max_bad = max(10, len(source) // 10) if max_bad is None else max_bad
+        views = Views(augment or Augment(), image_size, train, seed)
+        self._plan = EpochPlan(len(source), batch_size, train, seed, rank, world_size, drop_last)
+        self.batches_per_epoch = self._plan.batches_per_epoch
+        self.batch_size = self._plan.batch_size
+        self.workers = choose_workers(source, views, world_size) if workers == "auto" else workers
+        self._sampler = _Plans(self._plan)
+        self._turn = 0
+        self._loader = torch.utils.data.DataLoader(
+            BatchReader(source, views, cache=self.workers == 0),
+            batch_size=None,  # the sampler's items are whole batches
+            sampler=self._sampler,
+            num_workers=self.workers,
+            collate_fn=_unchanged,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.workers > 0,
+            generator=torch.Generator(),  # the DataLoader draws a number; not from the global generator
+        )
+        log.debug(
+            "%s: %d images, %d batches of %d for each of %d process(es), %d workers",
+            source.name, len(source), self.batches_per_epoch, self.batch_size, world_size, self.workers,
+        )  # fmt: skip
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch.
+
+        Args:
+            epoch: number ≥ 0; evaluation is the same in each.
+            start: number of the first batch, to continue within an epoch.
+
+        Raises:
+            ValueError: numbers out of range.
+            RuntimeError: while iterating: too many unreadable images, or another epoch of this loader was begun in the meantime.
+        """
+        if epoch < 0:
+            raise ValueError(f"epoch must be ≥ 0, got {epoch!r}")
+        if not 0 <= start <= self.batches_per_epoch:
+            raise ValueError(f"start must be in [0, {self.batches_per_epoch}], the batches of an epoch, got {start!r}")
+        return self._batches(epoch, start)
+
+    def close(self) -> None:
+        """Ends the worker processes; the next epoch starts new ones."""
+        self._loader._iterator = None
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        self._turn += 1
+        turn = self._turn
+        self._sampler.next_epoch = (epoch, start)
+        for batch in self._loader:
+            self._note(batch.bad)
+            yield batch
+            if turn != self._turn and self.workers:
+                raise RuntimeError("another epoch() of this loader was begun before this one ended; use a second ImageLoader")
+
+    def _note(self, bad: dict[str, str]) -> None:
+        for path, reason in bad.items():
+            if path not in self.bad:
+                self.bad[path] = reason
+                log.warning("skipped an unreadable image: %s: %s", path, reason)
+        if bad and len(self.bad) > self.max_bad:
+            shown = "; ".join(f"{path}: {reason}" for path, reason in list(self.bad.items())[:3])
+            raise RuntimeError(
+                f"{len(self.bad)} of {len(self.source)} images of {self.source.name} cannot be read, more than max_bad={self.max_bad} ({shown}; …); "
+                "repair or remove them, or raise max_bad"
+            )
+
+
+class _Plans(torch.utils.data.Sampler[BatchPlan]):
+    """Hands the planned batches of one epoch to the DataLoader; lives in the parent process."""
+
+    def __init__(self, plan: EpochPlan) -> None:
+        self._plan = plan
+        self.next_epoch = (0, 0)
+
+    def __len__(self) -> int:
+        return self._plan.batches_per_epoch
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        return self._plan.batches(*self.next_epoch)
+
+
+def choose_workers(source: ImageSource, views: Views, world_size: int) -> int:
+    """Workers for ``"auto"``.
+
+    Shipping a batch between processes costs more than making it where pixels are in memory and views are cheap.
+    """
+    small = views.image_size <= _SMALL_VIEW and (views.batched or len(source) <= _MANY)
+    if source.in_memory and small:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(np.clip(cores // world_size, 1, _MAX_WORKERS))
+
+
+def _unchanged(item: Any) -> Any:
+    return item

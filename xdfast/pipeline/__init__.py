@@ -1,0 +1,23 @@
+"""The three verbs (distill, finetune, evaluate), the report, and their settings."""
+
+from __future__ import annotations
+
+from xdfast.pipeline.config import DistillConfig, EvaluateConfig, FinetuneConfig
+from xdfast.pipeline.distill import distill
+from xdfast.pipeline.evaluate import EvaluateResult, evaluate
+from xdfast.pipeline.finetune import finetune
+from xdfast.pipeline.folder import RunResult, load_run
+from xdfast.pipeline.report import report
+
+__all__ = [
+    "DistillConfig",
+    "EvaluateConfig",
+    "EvaluateResult",
+    "FinetuneConfig",
+    "RunResult",
+    "distill",
+    "evaluate",
+    "finetune",
+    "load_run",
+    "report",
+]

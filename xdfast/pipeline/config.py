@@ -1,0 +1,280 @@
+"""One definition of every setting: a dataclass is the Python call, the command line and the YAML file.
+
+``validate()`` runs once, before any work, and names the bad value and the fix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import yaml
+
+from xdfast.errors import nearest
+
+__all__ = ["DistillConfig", "EvaluateConfig", "FinetuneConfig", "TrainConfig", "load_yaml", "save_yaml"]
+
+C = TypeVar("C", bound="_Config")
+
+
+@dataclass(kw_only=True)
+class _Config:
+    @classmethod
+    def from_dict(cls: type[C], values: dict[str, Any], *, source: str = "settings") -> C:
+        """A config from plain values; unknown keys are errors that offer the nearest names.
+
+        Raises:
+            ValueError: an unknown key, or a required one missing.
+        """
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ValueError(f"{source}: {cls.__name__} has no setting {key!r}.{nearest(key, known)}")
+        required = [
+            n for n, f in known.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        missing = [name for name in required if name not in values]
+        if missing:
+            raise ValueError(f"{source}: {cls.__name__} needs {', '.join(missing)}")
+        tuples = {n for n, f in known.items() if str(f.type).startswith("tuple")}
+        return cls(**{k: tuple(v) if k in tuples and isinstance(v, list) else v for k, v in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, tuples as lists, ready for YAML and JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    def _positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be > 0, got {value!r}")
+
+    def _not_negative(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must be ≥ 0, got {value!r}")
+
+
+@dataclass(kw_only=True)
+class _DataConfig(_Config):
+    data: str
+    """Training images: a folder of class folders (with train/ and val/ inside, or split here), a zip archive of one,
+    "torchvision:CIFAR10", or "sklearn:digits"."""
+    val_data: str | None = None
+    """Validation images; default: the val/ part of `data`, or a stratified split of it."""
+    val_fraction: float = 0.2
+    """Part split off for validation where `data` has no val/ of its own."""
+    labels_per_class: int | None = None
+    """Keep only this many training images of each class."""
+    batch_size: int = 128
+    """Images per step and process."""
+    workers: int | Literal["auto"] = "auto"
+    """Loader processes; auto: none for small in-memory sets, else one per core."""
+    device: str = "auto"
+    """"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1"…"""
+    seed: int = 0
+    """Same seed, same result."""
+
+    def _validate_data(self) -> None:
+        self._positive("batch_size", "labels_per_class")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction must be between 0 and 1, got {self.val_fraction!r}")
+        if self.workers != "auto" and (not isinstance(self.workers, int) or self.workers < 0):
+            raise ValueError(f"workers must be 'auto' or an integer ≥ 0, got {self.workers!r}")
+
+
+@dataclass(kw_only=True)
+class TrainConfig(_DataConfig):
+    """Settings shared by ``distill`` and ``finetune``."""
+
+    out: str
+    """Output folder. Run the same command again to continue an interrupted run."""
+    student_size: int | None = None
+    """The student's input size in pixels; default: the model's own."""
+    student_pretrained: bool = False
+    """Start the student from its pretrained weights."""
+    student_options: dict[str, Any] = field(default_factory=dict)
+    """Arguments for timm.create_model, such as drop_path_rate."""
+    image_size: int | None = None
+    """Size of the augmented view both models see; default: the larger input size, but not above the images' own."""
+    epochs: int = 100
+    augment: str = "imagenet-cnn"
+    """Augmentation preset: none, small, cifar-cnn, cifar-vit, imagenet-cnn, imagenet-vit."""
+    auto_augment: str | None = None
+    """RandAugment string of timm such as rand-m9-mstd0.5-inc1; default: the preset's."""
+    mixup: float | None = None
+    """Mixup α; default: the preset's."""
+    cutmix: float | None = None
+    """CutMix α; default: the preset's."""
+    random_erase: float | None = None
+    """Random-erasing probability; default: the preset's."""
+    label_smoothing: float = 0.1
+    optimizer: str = "sgd"
+    """Any timm optimiser (torch's fused version where there is one), or apex-fusedlamb, apex-fusedadam, apex-fusedsgd."""
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    warmup_epochs: int = 0
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-6
+    decay_epochs: int = 30
+    """Epochs between ×0.1 drops of the step schedule."""
+    accumulate: int = 1
+    """Micro-batches per optimiser step."""
+    clip_grad: float | None = None
+    """Maximum gradient norm."""
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    """Mixed precision of the student."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights (buffers included); it becomes the result."""
+    eval_every: int = 1
+    """Epochs between validations; the last epoch is always validated."""
+    log_every: int = 20
+    """Steps between rows of metrics.jsonl."""
+    checkpoint_seconds: float = 60.0
+    """Seconds between resume files within an epoch; one is always written at its end."""
+    tensorboard: bool = False
+    """Also write TensorBoard events to OUT/tensorboard."""
+    progress: bool = True
+    """Progress bar (plain lines without a terminal)."""
+    overwrite: bool = False
+    """Throw away what is in OUT if it belongs to another config."""
+
+    #: Settings that may differ when a run is continued: they do not change its result.
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        {"out", "workers", "device", "log_every", "checkpoint_seconds", "tensorboard", "progress", "overwrite"}
+    )
+
+    def validate(self) -> None:
+        """Checks every value before any work.
+
+        Raises:
+            ValueError: names the setting, its value and what is allowed.
+        """
+        self._validate_data()
+        self._positive(
+            "epochs", "lr", "accumulate", "clip_grad", "eval_every", "log_every", "student_size", "image_size", "decay_epochs"
+        )
+        self._not_negative("weight_decay", "warmup_epochs", "min_lr", "warmup_lr", "checkpoint_seconds", "mixup", "cutmix")
+        if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
+            raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be below epochs ({self.epochs})")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing!r}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema must be a decay between 0 and 1 such as 0.9998, got {self.ema!r}")
+        if self.random_erase is not None and not 0 <= self.random_erase <= 1:
+            raise ValueError(f"random_erase must be a probability, got {self.random_erase!r}")
+        for name, allowed in (("schedule", ("cosine", "step", "constant")), ("amp", ("none", "bf16", "fp16"))):
+            if getattr(self, name) not in allowed:
+                value = getattr(self, name)
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.{nearest(value, allowed)}")
+
+
+@dataclass(kw_only=True)
+class DistillConfig(TrainConfig):
+    """A student learns from a frozen teacher."""
+
+    teacher: str
+    """timm name, NAME@/path/to/weights, or a folder that distill or finetune wrote."""
+    student: str
+    """timm name, NAME@/path/to/weights, or a folder that distill or finetune wrote."""
+    loss: str = "rsd"
+    """rsd, rsd-logits, kd, mse, or several joined by +."""
+    loss_weight: float | None = None
+    """λ before the distillation loss; default: the method's (RSD 0.1, KD 1)."""
+    ce_weight: float = 1.0
+    """Weight of the cross-entropy with the labels; 0 trains without labels."""
+    kappa: float = 0.01
+    """RSD: weight of the off-diagonal part; 0 is invariance only."""
+    temperature: float = 4.0
+    """KD: softening of the probabilities."""
+    aad_expansion: float = 2.0
+    """AAD: hidden width in units of the student's; 0 is a single linear map (the "without AAD" ablation)."""
+    teacher_size: int | None = None
+    """The teacher's input size; default: its own (DINOv2: 224)."""
+    teacher_pretrained: bool = True
+    teacher_options: dict[str, Any] = field(default_factory=dict)
+    teacher_precision: Literal["float32", "bf16", "fp16"] = "float32"
+
+    def validate(self) -> None:
+        super().validate()
+        self._not_negative("loss_weight", "ce_weight", "kappa", "aad_expansion")
+        self._positive("temperature", "teacher_size")
+        from xdfast.losses import list_losses
+
+        for name in self.loss.split("+"):
+            if name not in list_losses():
+                known = list_losses()
+                raise ValueError(f"loss: unknown {name!r}; known: {', '.join(known)}, joined by +.{nearest(name, known)}")
+        if self.teacher_precision not in ("float32", "bf16", "fp16"):
+            raise ValueError(f"teacher_precision must be float32, bf16 or fp16, got {self.teacher_precision!r}")
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig(TrainConfig):
+    """Supervised training of one model: from scratch, or from a distilled student."""
+
+    model: str
+    """timm name, NAME@/path/to/weights, or a folder that distill or finetune wrote."""
+    freeze: Literal["none", "encoder"] = "none"
+    """"encoder" trains the classifier alone (BatchNorm statistics stay)."""
+
+    def validate(self) -> None:
+        super().validate()
+        if self.freeze not in ("none", "encoder"):
+            raise ValueError(f"freeze must be 'none' or 'encoder', got {self.freeze!r}")
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(_DataConfig):
+    """Accuracy of a model: top-1 and top-5, k-NN, linear probe, CKA to the teacher."""
+
+    model: str
+    """A run's folder, a timm name or NAME@/path/to/weights."""
+    data: str | None = None  # type: ignore[assignment]
+    """Images; default: those of the run."""
+    teacher: str | None = None
+    """Teacher for the CKA; default: that of the run."""
+    out: str | None = None
+    """Folder for evaluation.json; default: the run's."""
+    knn: int = 20
+    """Neighbours of the k-NN classifier; 0 leaves it out."""
+    linear_probe: bool = True
+    cka: bool = True
+    probe_samples: int = 20_000
+    """Most training images used by k-NN and linear probe (the first of a seeded shuffle)."""
+    progress: bool = True
+
+    def validate(self) -> None:
+        """Checks every value; see :meth:`TrainConfig.validate`."""
+        self._validate_data()
+        self._not_negative("knn")
+        self._positive("probe_samples")
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Settings from a YAML file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not a mapping of settings.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no settings file {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `setting: value` lines, got {type(values).__name__}")
+    return values
+
+
+def save_yaml(path: Path, values: dict[str, Any]) -> None:
+    """Writes settings as YAML."""
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -1,0 +1,120 @@
+"""``distill``: a student learns from a frozen teacher."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdfast import distributed
+from xdfast.losses import DistillLoss, create_loss
+from xdfast.models import FeatureModel, create_model, weights_hash
+from xdfast.nn import AAD
+from xdfast.pipeline.config import DistillConfig
+from xdfast.pipeline.data import open_images, view_size
+from xdfast.pipeline.folder import RunResult, open_folder
+from xdfast.pipeline.task import DistillTask, seed_everything
+from xdfast.pipeline.train_run import make_student, model_source, run_training, settings_of
+
+__all__ = ["distill"]
+
+log = logging.getLogger("xdfast")
+
+_DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def distill(
+    config: DistillConfig | None = None,
+    *,
+    teacher: str | nn.Module | RunResult | None = None,
+    student: str | nn.Module | RunResult | None = None,
+    data: Any = None,
+    val_data: Any = None,
+    **settings: Any,
+) -> RunResult:
+    """Trains ``student`` on ``data`` to imitate ``teacher``: L = ce_weight · CE + λ · L_distill.
+
+    Each model sees the same augmented view, resized to its own input size and normalised with its own mean and std.
+    The student is saved as safetensors that plain timm loads; the projector stays in the resume file. Killed at any
+    moment, the same call continues and ends with the same weights. Under ``torchrun`` it is data-parallel; the
+    distillation loss and its statistics are per process.
+
+    Args:
+        config: all settings; or give them as keyword arguments, see :class:`DistillConfig`.
+        teacher, student: timm name, ``NAME@/path/weights``, folder of a run, an ``nn.Module``, or a finished run.
+        data, val_data: path or name as in :class:`DistillConfig`, or a torch dataset of (image, label).
+        settings: fields of :class:`DistillConfig`, such as ``loss="rsd"``, ``epochs=100``, ``out="runs/x"``.
+
+    Returns:
+        :class:`RunResult` with ``.student``, ``.metrics``, ``.path``.
+
+    Raises:
+        ValueError: a bad setting, models that do not fit the loss, or an ``out`` folder of another config.
+        RuntimeError: the loss is not finite, or the resume file belongs to other data or another teacher.
+
+    Reference:
+        RSD: arXiv 2507.21844; X-Distill stage 1: arXiv 2601.11269.
+
+    Example:
+        >>> run = xdfast.distill(teacher="runs/teacher", student="resnet18", data="sklearn:digits",
+        ...                      student_size=32, epochs=10, out="runs/rsd")  # doctest: +SKIP
+    """
+    config = settings_of(
+        DistillConfig, config, {"teacher": teacher, "student": student}, {"data": data, "val_data": val_data}, settings
+    )
+    config.validate()
+    distributed.init()
+    out, finished = open_folder(config, "distill")
+    if finished is not None:
+        log.info("%s is finished; returning its result", out)
+        return finished
+
+    images = open_images(config, data, val_data)
+    classes = len(images.train.classes)
+    teacher_net = create_model(
+        model_source(config.teacher if teacher is None else teacher),
+        pretrained=config.teacher_pretrained,
+        image_size=config.teacher_size,
+        frozen=True,
+        dtype=_DTYPES[config.teacher_precision],
+        device=distributed.device_for_rank(config.device),
+        options=config.teacher_options,
+    )
+    student_net = make_student(config.student if student is None else student, config, classes)
+    task = build_task(config, student_net, teacher_net, classes)
+    size = view_size(config, images.train, [student_net, teacher_net])
+    identity = {"teacher": weights_hash(teacher_net)}
+    return run_training("distill", task, student_net, images, size, config, out, identity)
+
+
+def build_task(config: DistillConfig, student: FeatureModel, teacher: FeatureModel, classes: int) -> DistillTask:
+    """The losses and projectors of a config around two models.
+
+    Raises:
+        ValueError: a logit loss and a teacher whose classes are not the data's.
+    """
+    losses: dict[str, DistillLoss] = {}
+    projectors: dict[str, nn.Module] = {}
+    for name in config.loss.split("+"):
+        loss = create_loss(name, **_options(config, name))
+        loss.weight = loss.default_weight if config.loss_weight is None else config.loss_weight
+        if loss.on == "logits" and teacher.num_classes != classes:
+            raise ValueError(
+                f"loss {name!r} compares logits, but the teacher has {teacher.num_classes} classes and the data {classes}; "
+                "fine-tune the teacher on this data first (xdfast.finetune(model=…)), or use a feature loss such as 'rsd'"
+            )
+        losses[name] = loss
+        if loss.on == "features":
+            seed_everything(config.seed, 2, len(projectors))
+            projectors[name] = AAD(student.num_features, teacher.num_features, config.aad_expansion)
+    return DistillTask(
+        student, teacher, losses, projectors, ce_weight=config.ce_weight, label_smoothing=config.label_smoothing
+    )
+
+
+def _options(config: DistillConfig, name: str) -> dict[str, Any]:
+    if name.startswith("rsd"):
+        return {"kappa": config.kappa, "return_components": True}
+    return {"temperature": config.temperature} if name == "kd" else {}

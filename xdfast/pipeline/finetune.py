@@ -1,0 +1,59 @@
+"""``finetune``: supervised training of one model, from scratch or from a distilled student."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from xdfast import distributed
+from xdfast.pipeline.config import FinetuneConfig
+from xdfast.pipeline.data import open_images, view_size
+from xdfast.pipeline.folder import RunResult, open_folder
+from xdfast.pipeline.task import SupervisedTask
+from xdfast.pipeline.train_run import make_student, run_training, settings_of
+
+__all__ = ["finetune"]
+
+log = logging.getLogger("xdfast")
+
+
+def finetune(
+    model: str | nn.Module | RunResult | FinetuneConfig | None = None,
+    *,
+    data: Any = None,
+    val_data: Any = None,
+    **settings: Any,
+) -> RunResult:
+    """Trains ``model`` on labelled images with the cross-entropy.
+
+    The classifier is made anew when the data has other classes than the model. ``freeze="encoder"`` trains the
+    classifier alone. Resumes, runs under ``torchrun`` and saves like :func:`xdfast.distill`.
+
+    Args:
+        model: timm name, ``NAME@/path/weights``, folder of a run, an ``nn.Module``, a finished run, or a
+            :class:`FinetuneConfig` with everything.
+        data, val_data: path or name as in :class:`FinetuneConfig`, or a torch dataset of (image, label).
+        settings: fields of :class:`FinetuneConfig`.
+
+    Returns:
+        :class:`RunResult` with ``.student``, ``.metrics``, ``.path``.
+
+    Raises:
+        ValueError: a bad setting, or an ``out`` folder of another config.
+        RuntimeError: the loss is not finite, or the resume file belongs to other data.
+    """
+    config, model = (model, None) if isinstance(model, FinetuneConfig) else (None, model)
+    config = settings_of(FinetuneConfig, config, {"model": model}, {"data": data, "val_data": val_data}, settings)
+    config.validate()
+    distributed.init()
+    out, finished = open_folder(config, "finetune")
+    if finished is not None:
+        log.info("%s is finished; returning its result", out)
+        return finished
+    images = open_images(config, data, val_data)
+    net = make_student(config.model if model is None else model, config, len(images.train.classes))
+    task = SupervisedTask(net, config.label_smoothing, freeze_encoder=config.freeze == "encoder")
+    size = view_size(config, images.train, [net])
+    return run_training("finetune", task, net, images, size, config, out, identity={})

@@ -1,0 +1,128 @@
+"""A run's folder: whose it is, whether it is finished, what is in it.
+
+    config.yaml       the settings          metrics.jsonl   rows of training and validation
+    resume.pt         to continue           student/        the result, loadable by plain timm
+    summary.json      final figures; its presence means the run is finished
+    evaluation.json, embedding.npz          written by evaluate
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from xdfast import distributed
+from xdfast.models import FeatureModel, create_model
+from xdfast.models.checkpoint import atomic_write
+from xdfast.pipeline.config import TrainConfig, load_yaml, save_yaml
+from xdfast.pipeline.journal import read_history
+
+__all__ = ["RunResult", "finish", "load_run", "open_folder"]
+
+log = logging.getLogger("xdfast")
+
+_OURS = ("config.yaml", "metrics.jsonl", "resume.pt", "summary.json", "evaluation.json", "embedding.npz", "student", "tensorboard")
+
+
+@dataclass
+class RunResult:
+    """A finished ``distill`` or ``finetune`` run.
+
+    Attributes:
+        kind: "distill" or "finetune".
+        path: its folder.
+        config: the settings, plain values.
+        metrics: final figures: top1, top5, loss (validation), seconds, images_per_s, steps.
+        bad_images: path → reason of images that could not be read.
+    """
+
+    kind: str
+    path: Path
+    config: dict[str, Any]
+    metrics: dict[str, float]
+    bad_images: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def student(self) -> FeatureModel:
+        """The trained model with its own normalisation, in eval mode; ``.student.net`` is the plain timm model."""
+        return create_model(str(self.path / "student")).eval()
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Rows of metrics.jsonl."""
+        return read_history(self.path / "metrics.jsonl")
+
+    def __repr__(self) -> str:
+        figures = ", ".join(f"{k}={v:.4g}" for k, v in self.metrics.items())
+        return f"RunResult({self.kind}, {self.path}, {figures})"
+
+
+def open_folder(config: TrainConfig, kind: str) -> tuple[Path, RunResult | None]:
+    """Makes or re-opens ``config.out``; the second value is the finished run, if it is one.
+
+    Raises:
+        ValueError: the folder holds a run with other settings; names them, with both values.
+        NotADirectoryError: the path is a file.
+        PermissionError: the folder cannot be written.
+    """
+    out = Path(config.out).expanduser()
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"out must be a folder, but {out} is a file")
+    settings = {"kind": kind, **config.to_dict()}
+
+    def prepare() -> None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise type(error)(f"cannot make the output folder {out}: {error}") from error
+        path = out / "config.yaml"
+        if path.is_file():
+            saved = load_yaml(path)
+            differing = [k for k in settings if k not in config.FREE and saved.get(k) != settings[k]]
+            if differing and not config.overwrite:
+                facts = "; ".join(f"{k}: {saved.get(k)!r} there, {settings[k]!r} asked for" for k in differing)
+                raise ValueError(
+                    f"{out} holds a run with other settings ({facts}). Choose another out folder, use the same settings to "
+                    "continue it, or overwrite=True (--overwrite) to throw it away"
+                )
+            if differing:
+                log.warning("overwriting the run in %s (differs in %s)", out, ", ".join(differing))
+                for name in _OURS:
+                    target = out / name
+                    shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        atomic_write(path, lambda aside: save_yaml(aside, settings))
+
+    if distributed.is_main():
+        prepare()
+    distributed.barrier()
+    return out, load_run(out) if (out / "summary.json").is_file() else None
+
+
+def finish(out: Path, kind: str, config: TrainConfig, metrics: dict[str, float], bad: dict[str, str]) -> RunResult:
+    """Writes summary.json, the mark of a finished run, and returns the result."""
+    summary = {"kind": kind, "metrics": metrics, "bad_images": bad}
+    if distributed.is_main():
+        atomic_write(out / "summary.json", lambda aside: aside.write_text(json.dumps(summary, indent=2), encoding="utf-8"))
+    distributed.barrier()
+    return RunResult(kind, out, config.to_dict(), metrics, bad)
+
+
+def load_run(path: str | Path) -> RunResult:
+    """A finished run from its folder.
+
+    Raises:
+        FileNotFoundError: no run there, or one that is not finished.
+    """
+    path = Path(path)
+    if not (path / "summary.json").is_file():
+        state = "an unfinished run; the command that started it continues it" if (path / "config.yaml").is_file() else "no run"
+        raise FileNotFoundError(f"{path} holds {state} (no summary.json)")
+    config = load_yaml(path / "config.yaml")
+    summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    kind = config.pop("kind", summary["kind"])
+    return RunResult(kind, path, config, summary["metrics"], summary["bad_images"])

@@ -1,0 +1,130 @@
+"""What a run leaves to read while it works: metrics.jsonl, a progress bar or plain lines, TensorBoard on request."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["Journal", "ProgressLine", "read_history"]
+
+log = logging.getLogger("xdfast")
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line cut by a kill is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                log.warning("%s: an unfinished line is left out", path)
+    return rows
+
+
+class Journal:
+    """Appends rows to ``metrics.jsonl`` (and TensorBoard); on resume, forgets what came after the checkpoint.
+
+    Every row has ``kind`` ("train" or "val"), ``epoch``, ``step``. NaN and Inf are written as null.
+    """
+
+    def __init__(self, folder: Path, *, offset: int = 0, tensorboard: bool = False, enabled: bool = True) -> None:
+        self._file = None
+        self._tensorboard = None
+        if not enabled:
+            return
+        path = folder / "metrics.jsonl"
+        with open(path, "ab") as file:
+            file.truncate(offset)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close())
+        if tensorboard:
+            from xdfast._optional import require
+
+            require("tensorboard", extra="tensorboard")
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One row, flushed."""
+        if self._file is None:
+            return
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for key, value in clean.items():
+                if isinstance(value, (int, float)) and key not in ("epoch", "step"):
+                    self._tensorboard.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+
+    @property
+    def offset(self) -> int:
+        """Bytes written: where a resumed run goes on."""
+        return 0 if self._file is None else self._file.tell()
+
+    def close(self) -> None:
+        """Closes the files."""
+        if self._file is not None:
+            self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+class ProgressLine:
+    """A rich bar with ETA and images/s on a terminal; a plain line every ``every`` seconds elsewhere."""
+
+    def __init__(self, title: str, total: int, start: int = 0, *, enabled: bool = True, every: float = 10.0) -> None:
+        self._title, self._total, self._start, self._every = title, total, start, every
+        self._enabled = enabled
+        self._began = self._last = time.monotonic()
+        self._bar: Progress | None = None
+        if enabled and sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                refresh_per_second=4,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(title, total=total, completed=start, note="")
+
+    def update(self, step: int, note: str) -> None:
+        """Shows that ``step`` of ``total`` steps are done, with a short note such as loss and images/s."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, note=note)
+            return
+        now = time.monotonic()
+        if self._enabled and now - self._last >= self._every:
+            self._last = now
+            done = max(step - self._start, 1)
+            eta = (now - self._began) / done * (self._total - step)
+            print(
+                f"{self._title}  {step}/{self._total}  {note}  ETA {_clock(eta)}", file=sys.stderr, flush=True
+            )
+
+    def close(self, summary: str = "") -> None:
+        """Ends the bar; ``summary`` is printed as a plain line."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._enabled and summary:
+            print(f"{self._title}  {summary}", file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

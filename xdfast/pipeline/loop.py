@@ -1,0 +1,361 @@
+"""The one training loop: AMP, EMA, accumulation, clipping, DDP, progress, and exact continuation after a kill.
+
+Nothing random is stored. Which images come next, how each is augmented, what dropout draws: all are pure functions of
+(seed, epoch, step, sample, rank). So the resume file needs only the counters and the tensors, and a run that is killed
+anywhere and started again ends with the weights of an unbroken one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xdfast import distributed
+from xdfast.models.checkpoint import load_resume, save_resume
+from xdfast.pipeline.config import TrainConfig
+from xdfast.pipeline.journal import Journal, ProgressLine
+from xdfast.pipeline.optim import build_optimizer, build_schedule
+from xdfast.pipeline.task import TrainingTask, seed_everything
+
+__all__ = ["LoopResult", "train"]
+
+log = logging.getLogger("xdfast")
+
+RESUME_FILE = "resume.pt"
+
+
+@dataclass
+class LoopResult:
+    """What the loop hands back: the module to keep, final validation metrics, seconds trained over all sessions."""
+
+    module: nn.Module
+    metrics: dict[str, float]
+    seconds: float
+    step: int
+
+
+@dataclass
+class _State:
+    epoch: int = 0
+    batch: int = 0  # next batch of the epoch
+    step: int = 0  # optimiser updates done
+    seconds: float = 0.0
+    journal_offset: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    running: dict[str, float] = field(default_factory=dict)  # loss terms summed since the last row
+
+
+def train(
+    task: TrainingTask,
+    loader: Any,
+    config: TrainConfig,
+    out: Path,
+    *,
+    device: torch.device,
+    validate: Callable[[nn.Module], dict[str, float]],
+    batch_augment: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None,
+    identity: dict[str, Any] | None = None,
+    title: str = "train",
+) -> LoopResult:
+    """Trains ``task`` for ``config.epochs`` and returns the student (its EMA where asked for).
+
+    Args:
+        task: maps (images, targets, **task.teach(images)) to ``{"loss": …, named terms}``.
+        loader: :class:`xdfast.data.ImageLoader` of training views.
+        config: settings; see :class:`TrainConfig`.
+        out: folder for ``resume.pt`` and ``metrics.jsonl``.
+        device: where to train.
+        validate: student → metrics; called every ``eval_every`` epochs.
+        batch_augment: mixup and the like, a function of (images, labels, seed).
+        identity: facts that must be equal when a run is continued (data fingerprint, teacher hash, world size).
+        title: of the progress bar.
+
+    Raises:
+        RuntimeError: the loss is not finite (names step, terms and rate; the last checkpoint stays), or ``resume.pt``
+            belongs to other data, another teacher or another number of processes.
+    """
+    identity = {**(identity or {}), "world_size": distributed.world_size()}
+    task.to(device)
+    optimizer = build_optimizer(task, config)
+    groups = math.ceil(loader.batches_per_epoch / config.accumulate)  # updates per epoch
+    schedule = build_schedule(optimizer, config, groups)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+    ema = _make_ema(task.student, config)
+    state = _State()
+
+    resume_path = out / RESUME_FILE
+    if resume_path.is_file():
+        saved = load_resume(resume_path)
+        _check_identity(saved["identity"], identity, resume_path)
+        task.load_state_dict(saved["task"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        if ema is not None:
+            ema.module.load_state_dict(saved["ema"])
+        loader.bad.update(saved["bad"])
+        state = _State(**saved["state"])
+        log.info("continuing %s at epoch %d, batch %d, step %d", out, state.epoch, state.batch, state.step)
+
+    journal = Journal(
+        out, offset=state.journal_offset, tensorboard=config.tensorboard, enabled=distributed.is_main()
+    )
+    line = ProgressLine(title, groups * config.epochs, state.step, enabled=config.progress and distributed.is_main())
+    trained = _wrap(task, device)
+    session = _Session(state.seconds, config.checkpoint_seconds)
+
+    def save() -> None:
+        _check_weights(task, state, out)
+        state.seconds, state.running = session.seconds, running.state()
+        state.journal_offset = journal.offset
+        if distributed.is_main():
+            save_resume(
+                resume_path,
+                {
+                    "identity": identity,
+                    "config": config.to_dict(),
+                    "state": vars(state).copy(),
+                    "task": task.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                    "ema": ema.module.state_dict() if ema is not None else None,
+                    "bad": dict(loader.bad),
+                },
+            )
+        distributed.barrier()
+        session.saved()
+
+    running = _RunningTerms(state.running)
+    with session.catch_termination():
+        try:
+            while state.epoch < config.epochs:
+                trained.train()
+                for micro in _groups(loader.epoch(state.epoch, state.batch), config.accumulate):
+                    rate = optimizer.param_groups[0]["lr"]
+                    _update(trained, task, micro, optimizer, scaler, config, device, batch_augment, state, running)
+                    if ema is not None:
+                        ema.update(task.student)
+                    state.step += 1
+                    state.batch += len(micro)
+                    session.count(sum(len(b.ids) for b in micro))
+                    if schedule is not None:
+                        schedule.step_update(state.step)
+                    last = state.batch >= loader.batches_per_epoch
+                    due = session.agree(state.step, last)
+                    if state.step % config.log_every == 0 or last or due:
+                        row = running.mean()
+                        _check_finite(row, state, rate, out)
+                        speed = session.images_per_second()
+                        line.update(state.step, f"epoch {state.epoch + 1}/{config.epochs}  loss {row['loss']:.4f}  {speed:,.0f} img/s")
+                        if state.step % config.log_every == 0 or last:
+                            journal.write(
+                                {"kind": "train", "epoch": state.epoch, "step": state.step}
+                                | {("loss" if k == "loss" else f"loss_{k}"): v for k, v in row.items()}
+                                | {"lr": rate, "images_per_s": speed, "time": session.seconds}
+                            )
+                            running.reset()
+                    if due and not last:
+                        save()
+                        session.stop_if_asked(out)
+                state.epoch, state.batch = state.epoch + 1, 0
+                if state.epoch % config.eval_every == 0 or state.epoch == config.epochs:
+                    keep = ema.module if ema is not None else task.student
+                    state.metrics = validate(keep)
+                    journal.write({"kind": "val", "epoch": state.epoch - 1, "step": state.step, **state.metrics, "time": session.seconds})
+                save()
+                session.stop_if_asked(out)
+        finally:
+            journal.close()
+            line.close()
+    module = ema.module if ema is not None else task.student
+    return LoopResult(module, state.metrics, session.seconds, state.step)
+
+
+def _update(
+    trained: nn.Module,
+    task: TrainingTask,
+    micro: list[Any],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    config: TrainConfig,
+    device: torch.device,
+    batch_augment: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None,
+    state: _State,
+    running: _RunningTerms,
+) -> None:
+    """One optimiser step over the micro-batches, each weighted by its share of the images."""
+    optimizer.zero_grad(set_to_none=True)
+    total = sum(len(batch.ids) for batch in micro)
+    for index, batch in enumerate(micro):
+        images = batch.images.to(device, non_blocking=True).float().div_(255)
+        targets = batch.labels.to(device, non_blocking=True)
+        number = state.batch + index
+        seed_everything(config.seed, state.epoch, number, distributed.rank())
+        if batch_augment is not None:
+            images, targets = batch_augment(images, targets, torch.initial_seed())
+        last = index == len(micro) - 1
+        hold = contextlib.nullcontext() if last or not hasattr(trained, "no_sync") else trained.no_sync()
+        with hold, _autocast(config, device):
+            terms = trained(images, targets, **task.teach(images))
+            share = len(batch.ids) / total
+            loss = terms["loss"] * share
+        with hold if not last else contextlib.nullcontext():
+            scaler.scale(loss).backward()
+        running.add(terms, share)
+    if config.clip_grad is not None:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(task.parameters(), config.clip_grad)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def _autocast(config: TrainConfig, device: torch.device) -> Any:
+    dtype = torch.bfloat16 if config.amp == "bf16" else torch.float16
+    return torch.autocast(device.type, dtype=dtype, enabled=config.amp != "none")
+
+
+def _make_ema(student: nn.Module, config: TrainConfig) -> Any | None:
+    if config.ema is None:
+        return None
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(student, decay=config.ema)  # averages buffers too: BatchNorm statistics belong to the weights
+
+
+def _wrap(task: TrainingTask, device: torch.device) -> nn.Module:
+    if distributed.world_size() == 1:
+        return task
+    ids = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(task, device_ids=ids)
+
+
+def _groups(batches: Any, size: int) -> Iterator[list[Any]]:
+    group: list[Any] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+class _RunningTerms:
+    """Mean of the loss terms since the last row, summed on the device: no synchronisation per step."""
+
+    def __init__(self, saved: dict[str, float]) -> None:
+        saved = dict(saved)
+        self._weight = saved.pop("weight", 0.0)
+        self._sums: dict[str, Any] = dict(saved)
+
+    def reset(self) -> None:
+        self._sums, self._weight = {}, 0.0
+
+    def add(self, terms: dict[str, Tensor], share: float) -> None:
+        for name, value in terms.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double() * share
+        self._weight += share
+
+    def mean(self) -> dict[str, float]:
+        return {name: float(value) / max(self._weight, 1e-12) for name, value in self._sums.items()}
+
+    def state(self) -> dict[str, float]:
+        return {name: float(value) for name, value in self._sums.items()} | {"weight": self._weight}
+
+
+def _check_finite(row: dict[str, float], state: _State, rate: float, out: Path) -> None:
+    if not all(math.isfinite(value) for value in row.values()):
+        terms = ", ".join(f"{name} {value:g}" for name, value in row.items())
+        raise RuntimeError(
+            f"the loss is not finite at epoch {state.epoch}, step {state.step} ({terms}; learning rate {rate:g}). "
+            f"Lower lr, set clip_grad, or amp='none'; the last good state is in {out / RESUME_FILE}"
+        )
+
+
+def _check_weights(task: TrainingTask, state: _State, out: Path) -> None:
+    """A state that cannot be continued must not replace one that can."""
+    for name, value in task.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise RuntimeError(
+                f"the weights are not finite after step {state.step} (first: {name}). Lower lr, set clip_grad, or "
+                f"amp='none'; the last good state is in {out / RESUME_FILE}"
+            )
+
+
+def _check_identity(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    differing = [key for key in now if saved.get(key) != now[key]]
+    if differing:
+        facts = "; ".join(f"{key}: {saved.get(key)!r} then, {now[key]!r} now" for key in differing)
+        raise RuntimeError(f"{path} belongs to another run ({facts}); use the same data, models and number of processes, or another out folder")
+
+
+class _Session:
+    """Clock, throughput, and the wish to stop: everything about this process's share of the run."""
+
+    def __init__(self, seconds_before: float, checkpoint_seconds: float) -> None:
+        self._before, self._every = seconds_before, checkpoint_seconds
+        self._began = self._saved_at = self._marked = time.monotonic()
+        self._images = self._marked_images = 0
+        self._stop = False
+        self._signal = 0
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._began
+
+    def count(self, images: int) -> None:
+        self._images += images * distributed.world_size()
+
+    def images_per_second(self) -> float:
+        return self._images / max(time.monotonic() - self._began, 1e-9)
+
+    def saved(self) -> None:
+        self._saved_at = time.monotonic()
+
+    def agree(self, step: int, last: bool) -> bool:
+        """Whether a resume file is due now; every rank gets the same answer (rank 0's clock, anyone's signal)."""
+        due = self._stop or time.monotonic() - self._saved_at >= self._every
+        if distributed.world_size() == 1:
+            return due
+        if last or step % 10:  # asking costs a message: every ten steps is often enough
+            return False
+        votes = distributed.sum_over_ranks([float(self._stop), float(due and distributed.is_main())], torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"))
+        self._stop = votes[0] > 0
+        return votes[0] > 0 or votes[1] > 0
+
+    @contextlib.contextmanager
+    def catch_termination(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C ask the loop to save at the next step; a second Ctrl-C stops at once."""
+        previous = {}
+
+        def ask(number: int, frame: Any) -> None:
+            if self._stop and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._stop, self._signal = True, number
+
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                previous[number] = signal.signal(number, ask)
+        except ValueError:  # not the main thread: Python delivers signals elsewhere, nothing to catch here
+            log.debug("training outside the main thread: SIGTERM does not save first")
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def stop_if_asked(self, out: Path) -> None:
+        if self._stop:
+            log.warning("stopped; the state is saved in %s, the same command continues", out)
+            if self._signal == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(0)

@@ -1,0 +1,144 @@
+"""What is trained, apart from how: a module that maps a batch to named loss terms.
+
+The loop wraps it in DistributedDataParallel as a whole, so the projector's gradients are averaged like the student's;
+the teacher stays outside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from xdfast.losses import DistillLoss
+from xdfast.ops.rsd import RSDComponents
+
+__all__ = ["DistillTask", "SupervisedTask", "TrainingTask"]
+
+
+class TrainingTask(nn.Module):
+    """Base: holds the student; ``forward`` returns ``{"loss": scalar with gradient, name: detached term, …}``."""
+
+    def __init__(self, student: nn.Module, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.student = student
+        self.label_smoothing = label_smoothing
+
+    def teach(self, images: Tensor) -> dict[str, Tensor]:
+        """Targets computed without gradient, outside the trained module; none by default."""
+        return {}
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
+
+
+class SupervisedTask(TrainingTask):
+    """Cross-entropy with the labels. targets: int64 [B], or probabilities [B, C] after mixup."""
+
+    def __init__(self, student: nn.Module, label_smoothing: float = 0.0, freeze_encoder: bool = False) -> None:
+        super().__init__(student, label_smoothing)
+        self.freeze_encoder = freeze_encoder
+        if freeze_encoder:
+            head = {id(p) for p in _classifier(student).parameters()}
+            for parameter in student.parameters():
+                parameter.requires_grad_(id(parameter) in head)
+
+    def train(self, mode: bool = True) -> SupervisedTask:
+        super().train(mode)
+        if self.freeze_encoder:  # batch statistics of a frozen encoder must not drift
+            self.student.eval()
+        return self
+
+    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        loss = self._cross_entropy(self.student(images).logits, targets)
+        return {"loss": loss, "ce": loss.detach()}
+
+
+class DistillTask(TrainingTask):
+    """ce_weight · CE + Σ losses(student, teacher).
+
+    Feature losses see ``projectors[name](student features)`` against the teacher's penultimate features; logit losses
+    the two logits. The teacher is kept in a list so that it is no sub-module: not trained, not saved, not wrapped.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        losses: dict[str, DistillLoss],
+        projectors: dict[str, nn.Module],
+        *,
+        ce_weight: float = 1.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(student, label_smoothing)
+        self.losses = nn.ModuleDict(losses)
+        self.projectors = nn.ModuleDict(projectors)
+        self.ce_weight = ce_weight
+        self._teacher = [teacher]
+        if not self.uses_logits:  # a head without a gradient would stall DistributedDataParallel
+            for parameter in _classifier(student, missing_ok=True).parameters():
+                parameter.requires_grad_(False)
+
+    @property
+    def uses_logits(self) -> bool:
+        """Whether any term reads the student's logits."""
+        return self.ce_weight > 0 or any(loss.on == "logits" for loss in self.losses.values())
+
+    def teach(self, images: Tensor) -> dict[str, Tensor]:
+        output = self._teacher[0](images)
+        targets = {}
+        if any(loss.on == "features" for loss in self.losses.values()):
+            targets["teacher_features"] = output.features
+        if any(loss.on == "logits" for loss in self.losses.values()):
+            targets["teacher_logits"] = output.logits
+        return targets
+
+    def forward(
+        self,
+        images: Tensor,  # [B, 3, S, S]
+        targets: Tensor,  # [B] or [B, C]
+        teacher_features: Tensor | None = None,  # [B, D]
+        teacher_logits: Tensor | None = None,  # [B, C]
+    ) -> dict[str, Tensor]:
+        output = self.student(images)
+        total: Any = 0.0
+        terms: dict[str, Tensor] = {}
+        if self.ce_weight > 0:
+            ce = self._cross_entropy(output.logits, targets)
+            terms["ce"] = ce.detach()
+            total = total + self.ce_weight * ce
+        for name, loss in self.losses.items():
+            if loss.on == "features":
+                value = loss(self.projectors[name](output.features), teacher_features)
+            else:
+                value = loss(output.logits, teacher_logits)
+            if isinstance(value, RSDComponents):
+                terms[f"{name}_diagonal"] = value.mean_diagonal.detach()
+                value = value.loss
+            terms[name] = value.detach()
+            total = total + value
+        return {"loss": total, **terms}
+
+
+def _classifier(student: nn.Module, missing_ok: bool = False) -> nn.Module:
+    classifier = getattr(student, "classifier", None)
+    if isinstance(classifier, nn.Module):
+        return classifier
+    if missing_ok:
+        return nn.Identity()
+    raise ValueError("the model has no classifier to train; give it one with num_classes, or do not freeze the encoder")
+
+
+def seed_everything(seed: int, *numbers: int) -> None:
+    """Seeds torch from (seed, numbers): dropout of one step is a function of the step, so a resumed run repeats it."""
+    mixed = seed
+    for number in numbers:
+        # splitmix64: neighbouring numbers give unrelated seeds
+        mixed = (mixed + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 31
+    torch.manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)

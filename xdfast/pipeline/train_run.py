@@ -1,0 +1,109 @@
+"""What ``distill`` and ``finetune`` share: from models and images to a finished folder."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from xdfast import distributed
+from xdfast.models import FeatureModel, create_model, save_student
+from xdfast.pipeline.config import TrainConfig
+from xdfast.pipeline.data import Images, eval_loader, train_loader
+from xdfast.pipeline.evaluate import accuracy
+from xdfast.pipeline.folder import RunResult, finish
+from xdfast.pipeline.loop import train
+from xdfast.pipeline.task import TrainingTask, seed_everything
+
+__all__ = ["as_spec", "make_student", "run_training", "settings_of"]
+
+log = logging.getLogger("xdfast")
+
+
+def settings_of(cls: type, config: Any, models: dict[str, Any], data: dict[str, Any], settings: dict[str, Any]) -> Any:
+    """One config from either a config object or keyword arguments; objects are recorded by their class name."""
+    import dataclasses
+
+    given = {k: v for k, v in {**models, **data}.items() if v is not None}
+    named = {k: as_spec(v) for k, v in given.items()}
+    if config is None:
+        return cls.from_dict({**named, **settings}, source=f"{cls.__name__.removesuffix('Config').lower()}()")
+    if not isinstance(config, cls):
+        raise TypeError(f"expected a {cls.__name__} or keyword arguments, got {type(config).__name__}")
+    cls.from_dict({**config.to_dict(), **settings})  # unknown names get the same error either way
+    return dataclasses.replace(config, **named, **settings)
+
+
+def as_spec(value: Any) -> str:
+    """The text that stands for a model or dataset in config.yaml."""
+    if isinstance(value, (str, Path)):
+        return str(value)
+    if isinstance(value, RunResult):
+        return str(value.path)
+    inner = getattr(value, "net", value)
+    return f"object:{type(inner).__module__}.{type(inner).__qualname__}"
+
+
+def model_source(value: Any) -> Any:
+    """What create_model takes: a module, or a spec where a run's folder stands for its student."""
+    if isinstance(value, RunResult):
+        return str(value.path / "student")
+    if isinstance(value, (str, Path)) and (Path(value) / "student" / "config.json").is_file():
+        return str(Path(value) / "student")
+    if isinstance(value, str) and value.startswith("object:"):
+        raise ValueError(f"the run was started with a Python object ({value}); pass that object again to continue it")
+    return value
+
+
+def make_student(value: Any, config: TrainConfig, num_classes: int) -> FeatureModel:
+    """The student, with a classifier for the data at hand; seeded, so that every run and rank starts equal."""
+    seed_everything(config.seed, 1)
+    return create_model(
+        model_source(value),
+        num_classes=num_classes,
+        pretrained=config.student_pretrained,
+        image_size=config.student_size,
+        options=config.student_options,
+    )
+
+
+def run_training(
+    kind: str,
+    task: TrainingTask,
+    student: FeatureModel,
+    images: Images,
+    size: int,
+    config: TrainConfig,
+    out: Path,
+    identity: dict[str, Any],
+) -> RunResult:
+    """Trains, validates, saves the student and the summary."""
+    device = distributed.device_for_rank(config.device)
+    loader, batch_augment = train_loader(config, images.train, size, student)
+    val = eval_loader(images.val, size, batch_size=config.batch_size, workers=config.workers)
+
+    def validate(net: nn.Module) -> dict[str, float]:
+        return accuracy(net, val, device)
+
+    began = time.monotonic()
+    identity = {"images": images.fingerprint(), "view": size, **identity}
+    distributed.all_equal(identity, "the run's data and models")
+    result = train(
+        task, loader, config, out, device=device, validate=validate, batch_augment=batch_augment, identity=identity, title=out.name
+    )
+    log.debug("%s took %.1f s in this session", out, time.monotonic() - began)
+    if distributed.is_main():
+        save_student(
+            result.module,
+            out / "student",
+            classes=list(images.train.classes),
+            extra={"kind": kind, "config": config.to_dict(), "metrics": result.metrics},
+        )
+    images_seen = result.step * config.accumulate * config.batch_size * distributed.world_size()
+    metrics = {**result.metrics, "seconds": result.seconds, "steps": result.step, "images_per_s": images_seen / max(result.seconds, 1e-9)}
+    return finish(out, kind, config, metrics, {**val.bad, **loader.bad})
+
+
