@@ -155,7 +155,7 @@ ext_modules, cmdclass, BuildPy.skipped_because = extension()
 setup(
     packages=[*find_packages(include=["xdfast", "xdfast.*"]), "xdfast.kernels"],
     package_dir={"xdfast": "xdfast", "xdfast.kernels": "kernels"},
-    package_data={"xdfast": ["py.typed", "recipes/*.yaml"], "xdfast.report": ["templates/*"]},
+    package_data={"xdfast": ["py.typed", "recipes/*.yaml"], "xdfast.reporting": ["*.j2"]},
     exclude_package_data={"xdfast": ["*.so", INFO_NAME]},  # built in place by an editable install; never shipped
     ext_modules=ext_modules,
     cmdclass={"build_py": BuildPy, **cmdclass},

@@ -1,6 +1,6 @@
 """RSD loss and gradient against the literal D×D formulation and the floor of its two matrix products.
 
-    pytest bench/bench_rsd.py --benchmark-json=bench/results/cpu/rsd.json
+pytest bench/bench_rsd.py --benchmark-json=bench/results/cpu/rsd.json
 """
 
 from __future__ import annotations

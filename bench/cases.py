@@ -37,4 +37,11 @@ class RSDCase:
         return f"{self.n}x{self.d}"
 
 
-RSD_CASES = [RSDCase(128, 768), RSDCase(128, 2048), RSDCase(256, 4096), RSDCase(128, 100), RSDCase(512, 768), RSDCase(1024, 768)]
+RSD_CASES = [
+    RSDCase(128, 768),
+    RSDCase(128, 2048),
+    RSDCase(256, 4096),
+    RSDCase(128, 100),
+    RSDCase(512, 768),
+    RSDCase(1024, 768),
+]

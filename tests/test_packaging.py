@@ -83,11 +83,7 @@ def test_wheel_holds_every_module_and_its_data(names):
     expected = {f"xdfast/{p.relative_to(ROOT / 'xdfast').as_posix()}" for p in (ROOT / "xdfast").rglob("*.py")}
     expected |= {f"xdfast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
     expected |= {f"xdfast/recipes/{p.name}" for p in (ROOT / "xdfast/recipes").glob("*.yaml")}
-    expected |= {
-        f"xdfast/{p.relative_to(ROOT / 'xdfast').as_posix()}"
-        for p in (ROOT / "xdfast/report/templates").rglob("*")
-        if p.is_file()
-    }
+    expected |= {f"xdfast/reporting/{p.name}" for p in (ROOT / "xdfast/reporting").glob("*.j2")}
     assert expected - names == set()
     assert "xdfast/py.typed" in names
 

@@ -83,7 +83,9 @@ def _parse(cls: type, args: list[str], verb: str) -> Any:
         else:
             rest.append(arg)
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    required = {
+        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
     default = cls.from_dict({**dict.fromkeys(required, tyro.MISSING), **values}, source="recipe")
     description = f"{_VERBS[verb]}. --recipe NAME|FILE.yaml sets defaults (`xdfast recipes` lists them)."
     return tyro.cli(cls, args=rest, default=default, prog=f"xdfast {verb}", description=description)
@@ -122,7 +124,9 @@ def _report(args: list[str]) -> None:
 
     from xdfast.pipeline import report
 
-    def run(runs: tyro.conf.Positional[tuple[str, ...]], out: str = "report.html", batch_sizes: tuple[int, ...] = (1, 32)) -> Any:
+    def run(
+        runs: tyro.conf.Positional[tuple[str, ...]], out: str = "report.html", batch_sizes: tuple[int, ...] = (1, 32)
+    ) -> Any:
         """One HTML page and a JSON from finished runs.
 
         Args:
@@ -173,4 +177,3 @@ _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "recipes": _recipes,
     "doctor": _doctor,
 }
-

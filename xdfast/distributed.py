@@ -9,7 +9,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-__all__ = ["all_equal", "barrier", "device_for_rank", "init", "is_main", "main_first", "rank", "sum_over_ranks", "world_size"]
+__all__ = [
+    "all_equal",
+    "barrier",
+    "device_for_rank",
+    "init",
+    "is_main",
+    "main_first",
+    "rank",
+    "sum_over_ranks",
+    "world_size",
+]
 
 T = TypeVar("T")
 
@@ -58,7 +68,9 @@ def device_for_rank(device: str) -> torch.device:
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"device {device!r} was asked for but torch {torch.__version__} sees no CUDA device; use device='cpu' (`xdfast doctor` shows the devices)")
+        raise RuntimeError(
+            f"device {device!r} was asked for but torch {torch.__version__} sees no CUDA device; use device='cpu' (`xdfast doctor` shows the devices)"
+        )
     return torch.device(device)
 
 
@@ -91,4 +103,6 @@ def all_equal(value: Any, what: str) -> None:
         held: list[Any] = [None] * world_size()
         dist.all_gather_object(held, value)
         if any(other != held[0] for other in held):
-            raise RuntimeError(f"ranks disagree on {what}: {dict(enumerate(held))}; start every rank with the same command and files")
+            raise RuntimeError(
+                f"ranks disagree on {what}: {dict(enumerate(held))}; start every rank with the same command and files"
+            )

@@ -42,7 +42,10 @@ def test_unknown_backend_offers_the_nearest() -> None:
 
 
 def test_a_forced_backend_that_cannot_run_is_an_error() -> None:
-    with xdfast.backend("triton"), pytest.raises(RuntimeError, match="'triton' was forced.*on cpu: .*CUDA tensors.*torch"):
+    with (
+        xdfast.backend("triton"),
+        pytest.raises(RuntimeError, match="'triton' was forced.*on cpu: .*CUDA tensors.*torch"),
+    ):
         xdfast.rsd_loss(torch.randn(4, 5), torch.randn(4, 5))
 
 
@@ -64,5 +67,7 @@ def test_the_environment_variable_forces_a_backend() -> None:
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "['torch']"
     code = "import torch, xdfast; xdfast.rsd_loss(torch.randn(4, 5), torch.randn(4, 5))"
-    run = subprocess.run([sys.executable, "-c", code], env={**env, "XDFAST_BACKEND": "nonsense"}, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**env, "XDFAST_BACKEND": "nonsense"}, capture_output=True, text=True
+    )
     assert "unknown backend 'nonsense'" in run.stderr

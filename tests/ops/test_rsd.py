@@ -250,7 +250,9 @@ def test_the_literal_loop_of_the_public_code_gives_the_same_curve() -> None:
         backbone = torch.nn.Sequential(torch.nn.Linear(20, 16), torch.nn.ReLU())
         head, aad = torch.nn.Linear(16, 5), xdfast.AAD(16, 24)
         teacher = torch.nn.Sequential(torch.nn.Linear(20, 24), torch.nn.Tanh())
-        optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters(), *aad.parameters()], lr=0.05, momentum=0.9)
+        optimizer = torch.optim.SGD(
+            [*backbone.parameters(), *head.parameters(), *aad.parameters()], lr=0.05, momentum=0.9
+        )
         images, labels = torch.randn(128, 20), torch.randint(0, 5, (128,))
         losses = []
         for step in range(40):
@@ -297,7 +299,9 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"same device, got cpu and meta; use teacher.to"):
             rsd_loss(torch.randn(4, 5), torch.randn(4, 5, device="meta"))
 
-    @pytest.mark.parametrize("options", [{"kappa": -0.1}, {"kappa": float("nan")}, {"eps": 0.0}, {"kappa": float("inf")}])
+    @pytest.mark.parametrize(
+        "options", [{"kappa": -0.1}, {"kappa": float("nan")}, {"eps": 0.0}, {"kappa": float("inf")}]
+    )
     def test_numbers(self, options) -> None:
         (name, value) = next(iter(options.items()))
         with pytest.raises(ValueError, match=f"{name} must be finite and .* got {value}"):

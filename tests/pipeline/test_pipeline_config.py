@@ -14,7 +14,20 @@ FLAGS = ["--teacher", "a", "--student", "b", "--data", "c", "--out", "d"]
 
 
 def test_the_command_line_gives_the_same_config_as_python() -> None:
-    flags = [*FLAGS, "--epochs", "3", "--loss", "kd", "--lr", "0.2", "--ema", "0.99", "--labels-per-class", "4", "--tensorboard"]
+    flags = [
+        *FLAGS,
+        "--epochs",
+        "3",
+        "--loss",
+        "kd",
+        "--lr",
+        "0.2",
+        "--ema",
+        "0.99",
+        "--labels-per-class",
+        "4",
+        "--tensorboard",
+    ]
     expected = DistillConfig(**BASE, epochs=3, loss="kd", lr=0.2, ema=0.99, labels_per_class=4, tensorboard=True)
     assert _parse(DistillConfig, flags, "distill") == expected
 

@@ -42,7 +42,9 @@ xdfast.distill(**settings)
 
 def start(settings: dict) -> subprocess.Popen:
     env = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", RUN, json.dumps(settings)], env=env, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, json.dumps(settings)], env=env, stderr=subprocess.PIPE, text=True
+    )
 
 
 def steps_done(out: Path) -> int:

@@ -47,7 +47,13 @@ def test_a_run_learns_and_writes_what_it_says(teacher) -> None:
     losses = [row["loss"] for row in rows if row["kind"] == "train"]
     assert losses[-1] < 0.7 * losses[0]
     assert teacher.metrics["top1"] > 0.5  # ten classes: chance is 0.1
-    assert {p.name for p in teacher.path.iterdir()} >= {"config.yaml", "metrics.jsonl", "resume.pt", "student", "summary.json"}
+    assert {p.name for p in teacher.path.iterdir()} >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "resume.pt",
+        "student",
+        "summary.json",
+    }
     assert [row["kind"] for row in rows].count("val") == 4
     assert {"loss", "loss_ce", "lr", "images_per_s", "time", "epoch", "step"} <= set(rows[0])
 
@@ -59,8 +65,10 @@ def test_distill_logs_its_terms_and_pulls_the_diagonal_up(student) -> None:
 
 
 def test_the_student_loads_in_plain_timm(student) -> None:
-    plain = timm.create_model(f"local-dir:{student.path / 'student'}").eval()
-    other = timm.create_model("test_resnet", num_classes=10, checkpoint_path=str(student.path / "student" / "model.safetensors")).eval()
+    plain = timm.create_model(f"local-dir:{student.path / 'student'}", pretrained=True).eval()
+    other = timm.create_model(
+        "test_resnet", num_classes=10, checkpoint_path=str(student.path / "student" / "model.safetensors")
+    ).eval()
     x = torch.rand(2, 3, 32, 32)
     prepared = student.student.prepare(x)
     expected = student.student.net(prepared)
@@ -108,7 +116,12 @@ def test_other_losses(teacher, tmp_path, loss) -> None:
 
 def test_without_labels_the_classifier_stays_and_the_features_move(teacher, tmp_path) -> None:
     run = xdfast.distill(
-        teacher=str(teacher.path), student="test_resnet", loss="mse", ce_weight=0, out=str(tmp_path / "run"), **{**SMALL, "epochs": 1}
+        teacher=str(teacher.path),
+        student="test_resnet",
+        loss="mse",
+        ce_weight=0,
+        out=str(tmp_path / "run"),
+        **{**SMALL, "epochs": 1},
     )
     assert "loss_ce" not in run.history[0]
 
@@ -126,7 +139,14 @@ def test_modules_and_datasets_as_arguments(teacher, tmp_path) -> None:
     student = timm.create_model("test_resnet", num_classes=2)
     settings = {**SMALL, "labels_per_class": None, "batch_size": 8, "student_size": None}
     del settings["data"]
-    run = xdfast.distill(teacher=teacher.student, student=student, data=Digits(), val_data=Digits(), out=str(tmp_path / "run"), **settings)
+    run = xdfast.distill(
+        teacher=teacher.student,
+        student=student,
+        data=Digits(),
+        val_data=Digits(),
+        out=str(tmp_path / "run"),
+        **settings,
+    )
     assert run.config["student"].startswith("object:")
     assert run.config["data"].startswith("object:")
     assert isinstance(run.student.net, nn.Module)
@@ -136,7 +156,15 @@ def test_accumulation_clipping_ema_mixed_precision_and_step_schedule(tmp_path) -
     run = xdfast.finetune(
         "test_resnet",
         out=str(tmp_path / "run"),
-        **{**SMALL, "accumulate": 3, "clip_grad": 1.0, "ema": 0.9, "amp": "bf16", "schedule": "step", "decay_epochs": 1},
+        **{
+            **SMALL,
+            "accumulate": 3,
+            "clip_grad": 1.0,
+            "ema": 0.9,
+            "amp": "bf16",
+            "schedule": "step",
+            "decay_epochs": 1,
+        },
         mixup=0.2,
         cutmix=1.0,
         random_erase=0.2,
@@ -155,7 +183,9 @@ def test_accumulated_micro_batches_equal_one_large_batch(tmp_path) -> None:
     settings = {**SMALL, "epochs": 1, "optimizer": "momentum", "lr": 0.01, "augment": "none"}
     # test_vit has no batch statistics, so two batches of 20 are exactly one of 40
     runs = [
-        xdfast.finetune("test_vit", out=str(tmp_path / str(size)), **{**settings, "batch_size": size, "accumulate": 40 // size})
+        xdfast.finetune(
+            "test_vit", out=str(tmp_path / str(size)), **{**settings, "batch_size": size, "accumulate": 40 // size}
+        )
         for size in (20, 40)
     ]
     a, b = (run.student.net.state_dict() for run in runs)
@@ -185,12 +215,23 @@ def test_evaluate(student, teacher) -> None:
 
 def test_a_teacher_of_other_classes_cannot_teach_logits(tmp_path) -> None:
     with pytest.raises(ValueError, match="teacher has 1000 classes and the data 10.*finetune"):
-        xdfast.distill(teacher="test_vit", teacher_pretrained=False, student="test_resnet", loss="kd", out=str(tmp_path / "x"), **SMALL)
+        xdfast.distill(
+            teacher="test_vit",
+            teacher_pretrained=False,
+            student="test_resnet",
+            loss="kd",
+            out=str(tmp_path / "x"),
+            **SMALL,
+        )
 
 
 def test_a_diverging_run_stops_with_the_last_state_intact(tmp_path) -> None:
     with pytest.raises(RuntimeError, match=r"not finite.*Lower lr"):
-        xdfast.finetune("test_resnet", out=str(tmp_path / "x"), **{**SMALL, "optimizer": "momentum", "lr": 1e30, "epochs": 3, "log_every": 1})
+        xdfast.finetune(
+            "test_resnet",
+            out=str(tmp_path / "x"),
+            **{**SMALL, "optimizer": "momentum", "lr": 1e30, "epochs": 3, "log_every": 1},
+        )
     assert not (tmp_path / "x" / "summary.json").exists()
     with pytest.raises(FileNotFoundError, match="unfinished run"):
         load_run(tmp_path / "x")

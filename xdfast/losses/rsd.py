@@ -70,7 +70,9 @@ class RSDLoss(DistillLoss):
         self.kappa = check_number("kappa", kappa, minimum=0)
         self.eps = check_number("eps", eps, minimum=0, strict=True)
         if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}.{nearest(reduction, REDUCTIONS)}")
+            raise ValueError(
+                f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}.{nearest(reduction, REDUCTIONS)}"
+            )
         if on not in ("features", "logits"):
             raise ValueError(f"on must be 'features' or 'logits', got {on!r}")
         self.reduction, self.return_components, self.on = reduction, return_components, on

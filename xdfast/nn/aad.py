@@ -48,7 +48,9 @@ class AAD(nn.Sequential):
         if expansion == 0:
             layers: list[nn.Module] = [nn.Linear(in_features, out_features, bias=False)]
         elif hidden < 1:
-            raise ValueError(f"expansion {expansion!r} leaves no hidden unit for in_features={in_features}; use 0 or more than {1 / in_features:g}")
+            raise ValueError(
+                f"expansion {expansion!r} leaves no hidden unit for in_features={in_features}; use 0 or more than {1 / in_features:g}"
+            )
         else:
             layers = [
                 nn.Linear(in_features, hidden, bias=False),
@@ -66,7 +68,7 @@ class AAD(nn.Sequential):
         if features.dim() != 2 or features.shape[1] != self.in_features:
             raise ValueError(f"AAD expects features of shape [N, {self.in_features}], got {list(features.shape)}")
         if self.training and len(self) > 1 and features.shape[0] < 2:
-            raise ValueError("AAD needs at least 2 samples in training (batch normalisation), got 1; use drop_last=True")
+            raise ValueError(
+                "AAD needs at least 2 samples in training (batch normalisation), got 1; use drop_last=True"
+            )
         return super().forward(features)
-
-

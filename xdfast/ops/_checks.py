@@ -17,7 +17,9 @@ def check_matrix(name: str, x: Tensor, *, min_rows: int = 1) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape [N, D], got {type(x).__name__}")
     if not x.dtype.is_floating_point:
-        raise TypeError(f"{name} must be floating point (float64, float32, bfloat16 or float16), got {x.dtype}; use {name}.float()")
+        raise TypeError(
+            f"{name} must be floating point (float64, float32, bfloat16 or float16), got {x.dtype}; use {name}.float()"
+        )
     if x.dim() != 2:
         hint = "pool or flatten it to one vector per sample" if x.dim() > 2 else "add the batch dimension"
         raise ValueError(f"{name} must have shape [N, D] (samples, features), got {list(x.shape)}; {hint}")
@@ -37,7 +39,9 @@ def check_pair(name_a: str, a: Tensor, name_b: str, b: Tensor, *, fix: str) -> N
         ValueError: shapes or devices differ; ``fix`` says what to do about shapes.
     """
     if a.shape != b.shape:
-        raise ValueError(f"{name_a} and {name_b} must have the same shape, got {list(a.shape)} and {list(b.shape)}; {fix}")
+        raise ValueError(
+            f"{name_a} and {name_b} must have the same shape, got {list(a.shape)} and {list(b.shape)}; {fix}"
+        )
     if a.device != b.device:
         raise ValueError(
             f"{name_a} and {name_b} must be on the same device, got {a.device} and {b.device}; use {name_b}.to({name_a}.device)"
@@ -57,5 +61,3 @@ def check_number(name: str, value: float, *, minimum: float, strict: bool = Fals
     if bad or value == float("inf"):
         raise ValueError(f"{name} must be finite and {'>' if strict else '≥'} {minimum:g}, got {value!r}")
     return float(value)
-
-

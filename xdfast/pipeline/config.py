@@ -157,9 +157,19 @@ class TrainConfig(_DataConfig):
         """
         self._validate_data()
         self._positive(
-            "epochs", "lr", "accumulate", "clip_grad", "eval_every", "log_every", "student_size", "image_size", "decay_epochs"
+            "epochs",
+            "lr",
+            "accumulate",
+            "clip_grad",
+            "eval_every",
+            "log_every",
+            "student_size",
+            "image_size",
+            "decay_epochs",
         )
-        self._not_negative("weight_decay", "warmup_epochs", "min_lr", "warmup_lr", "checkpoint_seconds", "mixup", "cutmix")
+        self._not_negative(
+            "weight_decay", "warmup_epochs", "min_lr", "warmup_lr", "checkpoint_seconds", "mixup", "cutmix"
+        )
         if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
             raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be below epochs ({self.epochs})")
         if not 0 <= self.label_smoothing < 1:
@@ -209,7 +219,9 @@ class DistillConfig(TrainConfig):
         for name in self.loss.split("+"):
             if name not in list_losses():
                 known = list_losses()
-                raise ValueError(f"loss: unknown {name!r}; known: {', '.join(known)}, joined by +.{nearest(name, known)}")
+                raise ValueError(
+                    f"loss: unknown {name!r}; known: {', '.join(known)}, joined by +.{nearest(name, known)}"
+                )
         if self.teacher_precision not in ("float32", "bf16", "fp16"):
             raise ValueError(f"teacher_precision must be float32, bf16 or fp16, got {self.teacher_precision!r}")
 

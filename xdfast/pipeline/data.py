@@ -54,7 +54,9 @@ def view_size(config: TrainConfig, source: ImageSource, models: list[FeatureMode
         return config.image_size
     sizes = [model.image_size for model in models]
     size = max(min(max(sizes), source.short_side()), min(sizes))
-    log.info("views of %d px (models: %s px; images: about %d px)", size, ", ".join(map(str, sizes)), source.short_side())
+    log.info(
+        "views of %d px (models: %s px; images: about %d px)", size, ", ".join(map(str, sizes)), source.short_side()
+    )
     return size
 
 
@@ -95,7 +97,10 @@ def eval_loader(source: ImageSource, size: int, *, batch_size: int, workers: Any
 
 
 def _overrides(config: TrainConfig) -> dict[str, Any]:
-    chosen = {"auto_augment": config.auto_augment, "mixup": config.mixup, "cutmix": config.cutmix, "random_erase": config.random_erase}
+    chosen = {
+        "auto_augment": config.auto_augment,
+        "mixup": config.mixup,
+        "cutmix": config.cutmix,
+        "random_erase": config.random_erase,
+    }
     return {k: v for k, v in chosen.items() if v is not None}
-
-

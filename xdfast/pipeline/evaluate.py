@@ -82,7 +82,9 @@ def accuracy(model: nn.Module, loader: Any, device: torch.device) -> dict[str, f
         if len(labels) == 0:
             continue
         top = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
-        for i, value in enumerate((top[:, 0].sum(), top.sum(), F.cross_entropy(logits, labels, reduction="sum"), len(labels))):
+        for i, value in enumerate(
+            (top[:, 0].sum(), top.sum(), F.cross_entropy(logits, labels, reduction="sum"), len(labels))
+        ):
             sums[i] += float(value)
     right1, right5, loss, images = distributed.sum_over_ranks(sums, device)
     if images == 0:
@@ -157,7 +159,9 @@ def evaluate(
         net, name = create_model(config.model, pretrained=True), config.model
     net = net.to(device)
     if net.num_classes and net.num_classes != len(images.val.classes):
-        log.warning("the model has %d classes, the data %d: top-1 is left out", net.num_classes, len(images.val.classes))
+        log.warning(
+            "the model has %d classes, the data %d: top-1 is left out", net.num_classes, len(images.val.classes)
+        )
 
     def loader(source: Any, size: int) -> Any:
         return eval_loader(source, size, batch_size=config.batch_size, workers=config.workers, sharded=False)
@@ -204,7 +208,9 @@ def _as_run(model: Any) -> RunResult | None:
     return None
 
 
-def _config(model: Any, run: RunResult | None, data: Any, val_data: Any, teacher: Any, settings: dict[str, Any]) -> EvaluateConfig:
+def _config(
+    model: Any, run: RunResult | None, data: Any, val_data: Any, teacher: Any, settings: dict[str, Any]
+) -> EvaluateConfig:
     """Explicit settings over the run's own."""
     if isinstance(model, EvaluateConfig):
         config = dataclasses.replace(model, **settings)
@@ -222,7 +228,9 @@ def _config(model: Any, run: RunResult | None, data: Any, val_data: Any, teacher
             if getattr(config, key) == getattr(defaults, key) and run.config.get(key) is not None:
                 setattr(config, key, run.config[key])
     if config.data is None:
-        raise ValueError("evaluate needs data: a folder of class folders, a zip archive, 'torchvision:NAME' or a dataset")
+        raise ValueError(
+            "evaluate needs data: a folder of class folders, a zip archive, 'torchvision:NAME' or a dataset"
+        )
     return config
 
 
@@ -232,7 +240,9 @@ def _classification(result: EvaluateResult, logits: Tensor, labels: Tensor) -> N
     classes = logits.shape[1]
     result.metrics["top1"] = float(multiclass_accuracy(logits, labels, num_classes=classes, average="micro"))
     if classes > 5:
-        result.metrics["top5"] = float(multiclass_accuracy(logits, labels, num_classes=classes, average="micro", top_k=5))
+        result.metrics["top5"] = float(
+            multiclass_accuracy(logits, labels, num_classes=classes, average="micro", top_k=5)
+        )
     result.metrics["loss"] = float(F.cross_entropy(logits, labels))
     result.confusion = multiclass_confusion_matrix(logits.argmax(1), labels, num_classes=classes).tolist()
 
@@ -249,7 +259,9 @@ def _cka_to_teacher(
 ) -> float:
     options = (run.config if run is not None else {}) or {}
     spec = teacher if isinstance(teacher, nn.Module) else config.teacher
-    net = create_model(spec, pretrained=options.get("teacher_pretrained", True), image_size=options.get("teacher_size"), frozen=True)
+    net = create_model(
+        spec, pretrained=options.get("teacher_pretrained", True), image_size=options.get("teacher_size"), frozen=True
+    )
     net = net.to(device)
     teacher_features, _, _, teacher_ids = extract(
         net, loader(images.val, net.image_size), device, title="teacher", progress=config.progress

@@ -1,9 +1,9 @@
 """A run's folder: whose it is, whether it is finished, what is in it.
 
-    config.yaml       the settings          metrics.jsonl   rows of training and validation
-    resume.pt         to continue           student/        the result, loadable by plain timm
-    summary.json      final figures; its presence means the run is finished
-    evaluation.json, embedding.npz          written by evaluate
+config.yaml       the settings          metrics.jsonl   rows of training and validation
+resume.pt         to continue           student/        the result, loadable by plain timm
+summary.json      final figures; its presence means the run is finished
+evaluation.json, embedding.npz          written by evaluate
 """
 
 from __future__ import annotations
@@ -26,7 +26,16 @@ __all__ = ["RunResult", "finish", "load_run", "open_folder"]
 
 log = logging.getLogger("xdfast")
 
-_OURS = ("config.yaml", "metrics.jsonl", "resume.pt", "summary.json", "evaluation.json", "embedding.npz", "student", "tensorboard")
+_OURS = (
+    "config.yaml",
+    "metrics.jsonl",
+    "resume.pt",
+    "summary.json",
+    "evaluation.json",
+    "embedding.npz",
+    "student",
+    "tensorboard",
+)
 
 
 @dataclass
@@ -107,7 +116,9 @@ def finish(out: Path, kind: str, config: TrainConfig, metrics: dict[str, float],
     """Writes summary.json, the mark of a finished run, and returns the result."""
     summary = {"kind": kind, "metrics": metrics, "bad_images": bad}
     if distributed.is_main():
-        atomic_write(out / "summary.json", lambda aside: aside.write_text(json.dumps(summary, indent=2), encoding="utf-8"))
+        atomic_write(
+            out / "summary.json", lambda aside: aside.write_text(json.dumps(summary, indent=2), encoding="utf-8")
+        )
     distributed.barrier()
     return RunResult(kind, out, config.to_dict(), metrics, bad)
 
@@ -120,7 +131,11 @@ def load_run(path: str | Path) -> RunResult:
     """
     path = Path(path)
     if not (path / "summary.json").is_file():
-        state = "an unfinished run; the command that started it continues it" if (path / "config.yaml").is_file() else "no run"
+        state = (
+            "an unfinished run; the command that started it continues it"
+            if (path / "config.yaml").is_file()
+            else "no run"
+        )
         raise FileNotFoundError(f"{path} holds {state} (no summary.json)")
     config = load_yaml(path / "config.yaml")
     summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))

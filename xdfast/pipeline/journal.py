@@ -111,9 +111,7 @@ class ProgressLine:
             self._last = now
             done = max(step - self._start, 1)
             eta = (now - self._began) / done * (self._total - step)
-            print(
-                f"{self._title}  {step}/{self._total}  {note}  ETA {_clock(eta)}", file=sys.stderr, flush=True
-            )
+            print(f"{self._title}  {step}/{self._total}  {note}  ETA {_clock(eta)}", file=sys.stderr, flush=True)
 
     def close(self, summary: str = "") -> None:
         """Ends the bar; ``summary`` is printed as a plain line."""

@@ -106,9 +106,7 @@ def train(
         state = _State(**saved["state"])
         log.info("continuing %s at epoch %d, batch %d, step %d", out, state.epoch, state.batch, state.step)
 
-    journal = Journal(
-        out, offset=state.journal_offset, tensorboard=config.tensorboard, enabled=distributed.is_main()
-    )
+    journal = Journal(out, offset=state.journal_offset, tensorboard=config.tensorboard, enabled=distributed.is_main())
     line = ProgressLine(title, groups * config.epochs, state.step, enabled=config.progress and distributed.is_main())
     trained = _wrap(task, device)
     session = _Session(state.seconds, config.checkpoint_seconds)
@@ -155,7 +153,10 @@ def train(
                         row = running.mean()
                         _check_finite(row, state, rate, out)
                         speed = session.images_per_second()
-                        line.update(state.step, f"epoch {state.epoch + 1}/{config.epochs}  loss {row['loss']:.4f}  {speed:,.0f} img/s")
+                        line.update(
+                            state.step,
+                            f"epoch {state.epoch + 1}/{config.epochs}  loss {row['loss']:.4f}  {speed:,.0f} img/s",
+                        )
                         if state.step % config.log_every == 0 or last:
                             journal.write(
                                 {"kind": "train", "epoch": state.epoch, "step": state.step}
@@ -170,7 +171,15 @@ def train(
                 if state.epoch % config.eval_every == 0 or state.epoch == config.epochs:
                     keep = ema.module if ema is not None else task.student
                     state.metrics = validate(keep)
-                    journal.write({"kind": "val", "epoch": state.epoch - 1, "step": state.step, **state.metrics, "time": session.seconds})
+                    journal.write(
+                        {
+                            "kind": "val",
+                            "epoch": state.epoch - 1,
+                            "step": state.step,
+                            **state.metrics,
+                            "time": session.seconds,
+                        }
+                    )
                 save()
                 session.stop_if_asked(out)
         finally:
@@ -295,7 +304,9 @@ def _check_identity(saved: dict[str, Any], now: dict[str, Any], path: Path) -> N
     differing = [key for key in now if saved.get(key) != now[key]]
     if differing:
         facts = "; ".join(f"{key}: {saved.get(key)!r} then, {now[key]!r} now" for key in differing)
-        raise RuntimeError(f"{path} belongs to another run ({facts}); use the same data, models and number of processes, or another out folder")
+        raise RuntimeError(
+            f"{path} belongs to another run ({facts}); use the same data, models and number of processes, or another out folder"
+        )
 
 
 class _Session:
@@ -328,7 +339,10 @@ class _Session:
             return due
         if last or step % 10:  # asking costs a message: every ten steps is often enough
             return False
-        votes = distributed.sum_over_ranks([float(self._stop), float(due and distributed.is_main())], torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"))
+        votes = distributed.sum_over_ranks(
+            [float(self._stop), float(due and distributed.is_main())],
+            torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"),
+        )
         self._stop = votes[0] > 0
         return votes[0] > 0 or votes[1] > 0
 

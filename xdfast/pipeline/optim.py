@@ -37,7 +37,9 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optim
         extra = {"momentum": config.momentum} if "sgd" in name else {}
         return cls(groups, lr=config.lr, **extra)
     if name not in list_optimizers():
-        raise ValueError(f"unknown optimizer {config.optimizer!r}.{nearest(name, list_optimizers())} `timm.optim.list_optimizers()` has all")
+        raise ValueError(
+            f"unknown optimizer {config.optimizer!r}.{nearest(name, list_optimizers())} `timm.optim.list_optimizers()` has all"
+        )
     kwargs: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
     if name in _FUSED:
         kwargs.update(fused=True, foreach=False)

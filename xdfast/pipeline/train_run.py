@@ -92,7 +92,15 @@ def run_training(
     identity = {"images": images.fingerprint(), "view": size, **identity}
     distributed.all_equal(identity, "the run's data and models")
     result = train(
-        task, loader, config, out, device=device, validate=validate, batch_augment=batch_augment, identity=identity, title=out.name
+        task,
+        loader,
+        config,
+        out,
+        device=device,
+        validate=validate,
+        batch_augment=batch_augment,
+        identity=identity,
+        title=out.name,
     )
     log.debug("%s took %.1f s in this session", out, time.monotonic() - began)
     if distributed.is_main():
@@ -103,7 +111,10 @@ def run_training(
             extra={"kind": kind, "config": config.to_dict(), "metrics": result.metrics},
         )
     images_seen = result.step * config.accumulate * config.batch_size * distributed.world_size()
-    metrics = {**result.metrics, "seconds": result.seconds, "steps": result.step, "images_per_s": images_seen / max(result.seconds, 1e-9)}
+    metrics = {
+        **result.metrics,
+        "seconds": result.seconds,
+        "steps": result.step,
+        "images_per_s": images_seen / max(result.seconds, 1e-9),
+    }
     return finish(out, kind, config, metrics, {**val.bad, **loader.bad})
-
-

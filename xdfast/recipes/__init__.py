@@ -26,5 +26,7 @@ def recipe_path(name: str) -> Path:
             raise FileNotFoundError(f"no recipe file {name}")
         return Path(name)
     if name not in recipe_names():
-        raise FileNotFoundError(f"unknown recipe {name!r}; known: {', '.join(recipe_names())}.{nearest(name, recipe_names())}")
+        raise FileNotFoundError(
+            f"unknown recipe {name!r}; known: {', '.join(recipe_names())}.{nearest(name, recipe_names())}"
+        )
     return Path(str(files("xdfast.recipes") / f"{name}.yaml"))

@@ -1,0 +1,20 @@
+"""Teachers and students: any timm model, ``nn.Module`` or checkpoint behind one interface, and the files they live in."""
+
+from __future__ import annotations
+
+from xdfast.models.checkpoint import CheckpointError, atomic_write, load_resume, save_resume
+from xdfast.models.create import create_model
+from xdfast.models.features import FeatureModel, ModelOutput
+from xdfast.models.students import save_student, weights_hash
+
+__all__ = [
+    "CheckpointError",
+    "FeatureModel",
+    "ModelOutput",
+    "atomic_write",
+    "create_model",
+    "load_resume",
+    "save_resume",
+    "save_student",
+    "weights_hash",
+]
