@@ -59,7 +59,7 @@ def test_a_recipe_for_another_verb_and_an_unknown_one() -> None:
 def test_unknown_and_missing_settings() -> None:
     with pytest.raises(ValueError, match="DistillConfig has no setting 'epoch'.*Did you mean 'epochs'"):
         DistillConfig.from_dict({**BASE, "epoch": 3})
-    with pytest.raises(ValueError, match="DistillConfig needs student, data"):
+    with pytest.raises(ValueError, match="DistillConfig needs data, student"):
         DistillConfig.from_dict({"teacher": "a", "out": "d"})
 
 

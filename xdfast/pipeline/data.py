@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-
 from xdfast import distributed
 from xdfast.data import Augment, ImageLoader, ImageSource, augment_preset, open_source
 from xdfast.models import FeatureModel

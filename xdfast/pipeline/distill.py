@@ -14,9 +14,9 @@ from xdfast.models import FeatureModel, create_model, weights_hash
 from xdfast.nn import AAD
 from xdfast.pipeline.config import DistillConfig
 from xdfast.pipeline.data import open_images, view_size
-from xdfast.pipeline.folder import RunResult, open_folder
+from xdfast.pipeline.folder import RunResult, model_source, open_folder
 from xdfast.pipeline.task import DistillTask, seed_everything
-from xdfast.pipeline.train_run import make_student, model_source, run_training, settings_of
+from xdfast.pipeline.train_run import make_student, run_training, settings_of
 
 __all__ = ["distill"]
 
@@ -73,6 +73,7 @@ def distill(
 
     images = open_images(config, data, val_data)
     classes = len(images.train.classes)
+    seed_everything(config.seed, 3)  # a teacher without pretrained weights must be the same on every rank
     teacher_net = create_model(
         model_source(config.teacher if teacher is None else teacher),
         pretrained=config.teacher_pretrained,

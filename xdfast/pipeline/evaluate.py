@@ -19,7 +19,7 @@ from xdfast.models import FeatureModel, create_model
 from xdfast.models.checkpoint import atomic_write
 from xdfast.pipeline.config import EvaluateConfig
 from xdfast.pipeline.data import eval_loader, open_images
-from xdfast.pipeline.folder import RunResult, load_run
+from xdfast.pipeline.folder import RunResult, load_run, model_source
 from xdfast.pipeline.journal import ProgressLine
 from xdfast.pipeline.probes import knn_accuracy, linear_cka, linear_probe_accuracy
 
@@ -156,7 +156,7 @@ def evaluate(
     elif isinstance(model, nn.Module):
         net, name = create_model(model), type(getattr(model, "net", model)).__name__
     else:
-        net, name = create_model(config.model, pretrained=True), config.model
+        net, name = create_model(model_source(config.model), pretrained=True), config.model
     net = net.to(device)
     if net.num_classes and net.num_classes != len(images.val.classes):
         log.warning(
@@ -258,7 +258,7 @@ def _cka_to_teacher(
     device: torch.device,
 ) -> float:
     options = (run.config if run is not None else {}) or {}
-    spec = teacher if isinstance(teacher, nn.Module) else config.teacher
+    spec = teacher if isinstance(teacher, nn.Module) else model_source(config.teacher)
     net = create_model(
         spec, pretrained=options.get("teacher_pretrained", True), image_size=options.get("teacher_size"), frozen=True
     )

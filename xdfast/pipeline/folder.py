@@ -22,7 +22,7 @@ from xdfast.models.checkpoint import atomic_write
 from xdfast.pipeline.config import TrainConfig, load_yaml, save_yaml
 from xdfast.pipeline.journal import read_history
 
-__all__ = ["RunResult", "finish", "load_run", "open_folder"]
+__all__ = ["RunResult", "finish", "load_run", "model_source", "open_folder"]
 
 log = logging.getLogger("xdfast")
 
@@ -141,3 +141,14 @@ def load_run(path: str | Path) -> RunResult:
     summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     kind = config.pop("kind", summary["kind"])
     return RunResult(kind, path, config, summary["metrics"], summary["bad_images"])
+
+
+def model_source(value: Any) -> Any:
+    """What create_model takes: a module, or a spec where a run's folder stands for its student."""
+    if isinstance(value, RunResult):
+        return str(value.path / "student")
+    if isinstance(value, (str, Path)) and (Path(value) / "student" / "config.json").is_file():
+        return str(Path(value) / "student")
+    if isinstance(value, str) and value.startswith("object:"):
+        raise ValueError(f"the run was started with a Python object ({value}); pass that object again to continue it")
+    return value

@@ -14,7 +14,7 @@ from xdfast.models import FeatureModel, create_model, save_student
 from xdfast.pipeline.config import TrainConfig
 from xdfast.pipeline.data import Images, eval_loader, train_loader
 from xdfast.pipeline.evaluate import accuracy
-from xdfast.pipeline.folder import RunResult, finish
+from xdfast.pipeline.folder import RunResult, finish, model_source
 from xdfast.pipeline.loop import train
 from xdfast.pipeline.task import TrainingTask, seed_everything
 
@@ -45,17 +45,6 @@ def as_spec(value: Any) -> str:
         return str(value.path)
     inner = getattr(value, "net", value)
     return f"object:{type(inner).__module__}.{type(inner).__qualname__}"
-
-
-def model_source(value: Any) -> Any:
-    """What create_model takes: a module, or a spec where a run's folder stands for its student."""
-    if isinstance(value, RunResult):
-        return str(value.path / "student")
-    if isinstance(value, (str, Path)) and (Path(value) / "student" / "config.json").is_file():
-        return str(Path(value) / "student")
-    if isinstance(value, str) and value.startswith("object:"):
-        raise ValueError(f"the run was started with a Python object ({value}); pass that object again to continue it")
-    return value
 
 
 def make_student(value: Any, config: TrainConfig, num_classes: int) -> FeatureModel:
