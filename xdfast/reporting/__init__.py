@@ -1,0 +1,22 @@
+"""Reporting: FLOPs (counted), speed and memory (measured), tables with intervals, one HTML page.
+
+Counted and measured figures are never mixed. Nothing here knows the pipeline: it takes plain records and modules.
+"""
+
+from __future__ import annotations
+
+from xdfast.reporting.flops import FlopCount, count_flops
+from xdfast.reporting.records import ModelRecord, Report, RunRecord
+
+__all__ = [
+    "FlopCount",
+    "ModelRecord",
+    "Report",
+    "RunRecord",
+    "SpeedTable",
+    "build_report",
+    "compare_speed",
+    "count_flops",
+    "method_table",
+    "summarize",
+]

@@ -1,0 +1,80 @@
+"""What a report is made from, and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+__all__ = ["ModelRecord", "Report", "RunRecord"]
+
+
+@dataclass
+class RunRecord:
+    """One finished and evaluated run.
+
+    Attributes:
+        name: of the run, unique enough for a human (its folder's name).
+        method: what it is called in tables, such as "RSD" or "from scratch".
+        seed: of the run; runs that differ only in it are repetitions of one method. None if it had none.
+        kind: "distill" or "finetune".
+        metrics: final figures: top1, top5, knn, linear_probe, cka in [0, 1]; loss; seconds; those that apply.
+        history: rows of metrics.jsonl: ``kind`` ("train" or "val"), ``epoch`` (from 0), ``step``, ``loss``, ``top1``, …
+        confusion: [C][C] counts, rows are true classes; None if there is none.
+        classes: C class names.
+        embedding: ``features`` [M, F], ``labels`` [M], ``predictions`` [M] of validation images, or None.
+        config: the run's settings, plain values.
+        model: the trained student, or None.
+        model_name: its architecture.
+        skipped: path → reason of images that could not be read.
+    """
+
+    name: str
+    method: str
+    seed: int | None
+    kind: str
+    metrics: dict[str, float]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    confusion: list[list[int]] | None = None
+    classes: list[str] = field(default_factory=list)
+    embedding: dict[str, Any] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    model: nn.Module | None = None
+    model_name: str = ""
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class ModelRecord:
+    """One network whose cost is counted and measured.
+
+    Attributes:
+        name: its architecture.
+        model: the module; a wrapper with ``.net`` and ``.prepare`` is measured without its preparation of images.
+        image_size: side of its square input in pixels.
+        role: "teacher" or "student".
+        top1: its best top-1 accuracy in [0, 1], None if unknown.
+    """
+
+    name: str
+    model: nn.Module
+    image_size: int
+    role: Literal["teacher", "student"]
+    top1: float | None = None
+
+
+@dataclass
+class Report:
+    """A written report.
+
+    Attributes:
+        path: the HTML page.
+        json_path: all its figures as JSON.
+        data: the content of the JSON.
+    """
+
+    path: Path
+    json_path: Path
+    data: dict[str, Any] = field(repr=False)
