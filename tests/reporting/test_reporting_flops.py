@@ -14,7 +14,7 @@ from xdfast.reporting import count_flops
 SMALL = {
     "resnet18": {},
     "vit_tiny_patch16_224": {"depth": 2},
-    "mixer_s16_224": {"num_blocks": 2},
+    "mixer_s16_224": {},
     "swin_tiny_patch4_window7_224": {"depths": (1, 1, 2, 1)},
     "convnext_tiny": {"depths": (1, 1, 2, 1)},
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from xdfast.reporting.flops import FlopCount, count_flops
 from xdfast.reporting.records import ModelRecord, Report, RunRecord
+from xdfast.reporting.speed import SpeedTable, compare_speed
 
 __all__ = [
     "FlopCount",
