@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+import lzma
 import os
 import struct
 import zipfile
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from xdfast.data.decode import BadImage, decode, image_size
-from xdfast.data.layout import Tree, find_class_folders
+from xdfast.data.layout import Tree, find_class_folders, is_ignored
 from xdfast.data.sources import ImageSource, PackedStrings
 
 __all__ = ["ZipSource"]
 
+log = logging.getLogger("xdfast")
+
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # signature, 5 shorts, crc and two sizes, lengths of name and extra field
 _ENCRYPTED = 0x1
+_MAX_BYTES = 2**30  # of one image file; a member that unpacks to more is damage or malice, not a picture
 
 
 class ZipSource(ImageSource):
@@ -27,28 +32,34 @@ class ZipSource(ImageSource):
 
     The central directory is read once, by :mod:`zipfile`, into arrays that workers share. A member is then read with
     ``pread``, which carries its own offset: no file position is shared after a fork. Each process opens the file itself.
+    Nothing is unpacked to disk; members with ``..`` in their name are left out with a warning.
 
     Args:
         path: the archive.
         split: ``"train"`` or ``"val"``, where the archive has such parts.
 
     Raises:
-        ValueError: not a readable zip archive, or no class folders with images inside.
+        ValueError: not a readable zip archive, an encrypted one, or no class folders with images inside.
     """
 
     def __init__(self, path: str | Path, split: str = "train") -> None:
         self.name = str(Path(path).expanduser())
         try:
             with zipfile.ZipFile(self.name) as archive:
-                members = {_clean(info.filename): info for info in archive.infolist() if not info.is_dir()}
-        except (zipfile.BadZipFile, EOFError, struct.error) as error:
+                listed = [(_clean(info.filename), info) for info in archive.infolist()]
+        except (zipfile.BadZipFile, EOFError, struct.error, UnicodeDecodeError, RuntimeError) as error:
             raise ValueError(
                 f"{self.name} is not a readable zip archive ({error}); it is damaged or cut short: copy or download it again"
             ) from error
+        members = {name: info for name, info in listed if name and not name.endswith("/")}
         if not members:
             raise ValueError(f"{self.name} is empty; expected CLASS/image.jpg inside")
-        found = find_class_folders(_ZipTree(self.name, list(members)), split)
+        found = find_class_folders(_ZipTree(self.name, [name for name, _ in listed]), split)
         infos = [members[name] for name in found.names]
+        if all(i.flag_bits & _ENCRYPTED for i in infos):
+            raise ValueError(
+                f"the images in {self.name} are encrypted; unpack it with its password and pass the folder"
+            )
         self.classes = found.classes
         self.labels = np.array(found.labels, dtype=np.int64)
         self.part = found.part
@@ -56,6 +67,7 @@ class ZipSource(ImageSource):
         self._names = PackedStrings(found.names)
         self._offset = np.array([i.header_offset for i in infos], dtype=np.int64)
         self._stored = np.array([i.compress_size for i in infos], dtype=np.int64)
+        self._unpacked = np.array([i.file_size for i in infos], dtype=np.int64)
         self._crc = np.array([i.CRC for i in infos], dtype=np.uint32)
         self._method = np.array([i.compress_type for i in infos], dtype=np.int16)
         self._flags = np.array([i.flag_bits for i in infos], dtype=np.int32)
@@ -82,6 +94,8 @@ class ZipSource(ImageSource):
         path = self.path(i)
         if self._flags[i] & _ENCRYPTED:
             raise BadImage(path, "the archive member is encrypted")
+        if max(self._stored[i], self._unpacked[i]) > _MAX_BYTES:
+            raise BadImage(path, f"the archive member is larger than {_MAX_BYTES >> 20} MiB")
         try:
             fd = self._descriptor()
             header = os.pread(fd, _LOCAL_HEADER.size, int(self._offset[i]))
@@ -94,11 +108,16 @@ class ZipSource(ImageSource):
             if method == zipfile.ZIP_STORED:
                 data = stored
             elif method == zipfile.ZIP_DEFLATED:
-                data = zlib.decompress(stored, wbits=-zlib.MAX_WBITS)
+                # Bounded by what the directory promises: a few stored bytes can unpack to gigabytes.
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(stored, int(self._unpacked[i]) + 1)
             else:  # bzip2, LZMA…: rare for images, left to the standard library
                 with zipfile.ZipFile(self.name) as archive:
-                    return archive.read(next(m for m in archive.infolist() if m.header_offset == self._offset[i]))
-        except (OSError, struct.error, zlib.error, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+                    data = archive.read([m for m in archive.infolist() if m.header_offset == self._offset[i]][-1])
+        except BadImage:
+            raise
+        except (
+            OSError, struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError, EOFError, IndexError
+        ) as error:  # fmt: skip
             raise BadImage(path, f"the archive member cannot be read ({error})") from error
         if zlib.crc32(data) != int(self._crc[i]):
             raise BadImage(path, "the archive member is damaged (its CRC differs)")
@@ -118,8 +137,10 @@ class ZipSource(ImageSource):
 
 
 def _clean(name: str) -> str:
-    """``./a//b`` and ``a\\b`` (some Windows tools) as ``a/b``."""
-    return str(PurePosixPath(name.replace("\\", "/")))
+    """``./a//b``, ``/a/b`` and ``a\\b`` (some Windows tools) as ``a/b``; a folder keeps its ``/``, a name of nothing is ""."""
+    name = name.replace("\\", "/")
+    path = "/".join(part for part in name.split("/") if part not in ("", "."))
+    return f"{path}/" if path and name.endswith("/") else path
 
 
 class _ZipTree(Tree):
@@ -127,15 +148,19 @@ class _ZipTree(Tree):
         self.root = root
         self._folders: dict[str, set[str]] = {}
         self._files: dict[str, list[str]] = {"": []}
+        outside = [name for name in names if ".." in name.split("/")]
+        if outside:
+            log.warning("%s: left out %d member(s) with '..' in the name, such as %r", root, len(outside), outside[0])
         for name in names:
-            parts = PurePosixPath(name).parts
-            if parts[0] == "__MACOSX" or any(p.startswith(".") for p in parts):
-                continue  # what macOS adds, and hidden files
+            parts = name.split("/")  # of a folder the last one is ""
+            if any(map(is_ignored, parts)):
+                continue
             folder = ""
             for part in parts[:-1]:
                 self._folders.setdefault(folder, set()).add(part)
                 folder = f"{folder}/{part}" if folder else part
-            self._files.setdefault(folder, []).append(parts[-1])
+            if parts[-1]:
+                self._files.setdefault(folder, []).append(parts[-1])
 
     def folders(self, folder: str) -> list[str]:
         return sorted(self._folders.get(folder, ()))
@@ -144,7 +169,10 @@ class _ZipTree(Tree):
         return sorted(self._files.get(folder, ()))
 
     def walk(self, folder: str) -> list[str]:
-        names = [f"{folder}/{name}" for name in self._files.get(folder, ())]
-        for inner in self._folders.get(folder, ()):
-            names += self.walk(f"{folder}/{inner}")
-        return sorted(names)
+        names: list[str] = []
+        stack = [folder]  # no recursion: the depth is the archive's choice
+        while stack:
+            here = stack.pop()
+            names += [f"{here}/{name}" for name in self._files.get(here, ())]
+            stack += [f"{here}/{inner}" for inner in self._folders.get(here, ())]
+        return sorted(set(names))

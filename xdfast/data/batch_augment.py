@@ -142,10 +142,10 @@ class BatchAugment:
         # timm draws on a sheet of NaN: where the sheet is written is where to erase. Pixels outside keep their bits, and no
         # batch has to be normalised and back.
         sheet = torch.full_like(images, float("nan"))
-        RandomErasing(
-            self.random_erase, mode=self.erase_mode, max_count=self.erase_count, device=images.device
-        )(sheet)
-        mean, std = (torch.tensor(v, dtype=images.dtype, device=images.device)[:, None, None] for v in (self.mean, self.std))
+        RandomErasing(self.random_erase, mode=self.erase_mode, max_count=self.erase_count, device=images.device)(sheet)
+        mean, std = (
+            torch.tensor(v, dtype=images.dtype, device=images.device)[:, None, None] for v in (self.mean, self.std)
+        )
         return torch.where(sheet.isnan(), images, sheet * std + mean)
 
     def _mix_even(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,12 +58,18 @@ class EpochPlan:
         if count < 1:
             raise ValueError("the source has no images")
         if train and count < world_size:
-            raise ValueError(f"{count} training images cannot be shared by {world_size} processes; use at most {count} processes")
+            raise ValueError(
+                f"{count} training images cannot be shared by {world_size} processes; use at most {count} processes"
+            )
         drop_last = train if drop_last is None else drop_last
         if drop_last and count < batch_size * world_size:
             shrunk = max(1, count // world_size)
             log.info(
-                "batches of %d instead of %d images: there are only %d for %d process(es)", shrunk, batch_size, count, world_size
+                "batches of %d instead of %d images: there are only %d for %d process(es)",
+                shrunk,
+                batch_size,
+                count,
+                world_size,
             )
             batch_size = shrunk
         self.count, self.batch_size, self.train, self.seed = count, batch_size, train, seed

@@ -79,7 +79,11 @@ class DatasetSource(ImageSource):
         self.part = part
         labels = _known_labels(dataset)
         if labels is None:
-            log.info("%s has no targets or labels attribute: reading its %d items once for the labels", self.name, len(dataset))
+            log.info(
+                "%s has no targets or labels attribute: reading its %d items once for the labels",
+                self.name,
+                len(dataset),
+            )
             labels = np.array([_label(self._item(i)[1], self.path(i)) for i in range(len(dataset))], dtype=np.int64)
         if labels.min() < 0:
             i = int(labels.argmin())
@@ -92,7 +96,10 @@ class DatasetSource(ImageSource):
         path = self.path(i)
         try:
             image = self._item(i)[0]
-        except (OSError, SyntaxError) as error:  # what Pillow raises for damaged files; anything else is a bug worth seeing
+        except (
+            OSError,
+            SyntaxError,
+        ) as error:  # what Pillow raises for damaged files; anything else is a bug worth seeing
             raise BadImage(path, str(error) or type(error).__name__) from error
         return _to_image(image, path)
 
@@ -131,12 +138,16 @@ def open_torchvision(spec: str, split: str, *, own_parts: bool = True) -> Datase
     known = {n: getattr(torchvision.datasets, n) for n in torchvision.datasets.__all__}
     cls = known.get(name) or {n.lower(): c for n, c in known.items()}.get(name.lower())
     if cls is None:
-        raise ValueError(f"torchvision has no data set {name!r}.{nearest(name, known)} It has: {', '.join(sorted(known))}")
+        raise ValueError(
+            f"torchvision has no data set {name!r}.{nearest(name, known)} It has: {', '.join(sorted(known))}"
+        )
     parameters = inspect.signature(cls.__init__).parameters
     needed = [
         n
         for n, p in list(parameters.items())[1:]
-        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and n not in ("root", "train", "split")
+        if p.default is p.empty
+        and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        and n not in ("root", "train", "split")
     ]
     if needed or "root" not in parameters or name in ("EMNIST", "ImageFolder", "DatasetFolder"):
         raise ValueError(
@@ -192,7 +203,9 @@ def _known_labels(dataset: Any) -> np.ndarray | None:
     elif getattr(dataset, "target_transform", None) is not None:
         return None  # the stored labels are not the ones that come out
     else:
-        values = next((v for n in ("targets", "labels", "_labels") if (v := getattr(dataset, n, None)) is not None), None)
+        values = next(
+            (v for n in ("targets", "labels", "_labels") if (v := getattr(dataset, n, None)) is not None), None
+        )
     if values is None:
         return None
     try:
@@ -205,7 +218,11 @@ def _known_labels(dataset: Any) -> np.ndarray | None:
 
 
 def _label(value: Any, path: str) -> int:
-    if isinstance(value, (bool, float)) or not hasattr(value, "__int__") or getattr(value, "shape", ()) not in ((), (1,)):
+    if (
+        isinstance(value, (bool, float))
+        or not hasattr(value, "__int__")
+        or getattr(value, "shape", ()) not in ((), (1,))
+    ):
         raise TypeError(f"{path}: a label must be one integer, got {type(value).__name__} {value!r}")
     return int(value)
 

@@ -9,7 +9,7 @@ CMYK                      Pillow's conversion, no colour profile
 palette, RGBA, LA         the stored colours; transparency is dropped, not blended
 EXIF orientation          ignored, as torchvision's ImageFolder, timm and published ImageNet training do
 animated GIF, WebP        the first frame
-wrong extension           the content decides
+wrong extension           the content decides, among the formats of :data:`FORMATS`
 truncated, garbage, empty :class:`BadImage`; Pillow's LOAD_TRUNCATED_IMAGES is never switched on
 32-bit integer, float     :class:`BadImage`: the range of such pixels is not known
 ========================  ==========================================================================================
@@ -17,12 +17,16 @@ truncated, garbage, empty :class:`BadImage`; Pillow's LOAD_TRUNCATED_IMAGES is n
 
 from __future__ import annotations
 
+import functools
 import io
 
 import numpy as np
 from PIL import Image
 
-__all__ = ["BadImage", "decode", "image_size", "to_rgb"]
+__all__ = ["FORMATS", "BadImage", "decode", "image_size", "to_rgb"]
+
+# Pillow opens more, but EPS would start Ghostscript and WMF, FITS and the like are no photographs.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
 
 class BadImage(RuntimeError):
@@ -34,6 +38,8 @@ class BadImage(RuntimeError):
     """
 
     def __init__(self, path: str, reason: str) -> None:
+        # A file name need not be UTF-8; one that is not must not break the log or the report that names it.
+        path = path.encode("utf-8", "backslashreplace").decode()
         super().__init__(f"{path}: {reason}")
         self.path = path
         self.reason = reason
@@ -97,11 +103,18 @@ def _open(data: bytes, path: str) -> Image.Image:
     if not data:
         raise BadImage(path, "the file is empty (0 bytes)")
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=_formats())
     except MemoryError:
         raise
     except Exception as error:  # as above
         raise BadImage(path, _reason(error)) from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those this Pillow was built with; ``Image.open`` fails on the name of another."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _reason(error: Exception) -> str:

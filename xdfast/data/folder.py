@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from xdfast.data.decode import BadImage, decode, image_size
-from xdfast.data.layout import Tree, find_class_folders
+from xdfast.data.layout import Tree, find_class_folders, is_ignored
 from xdfast.data.sources import ImageSource, PackedStrings
 
 __all__ = ["FolderSource", "missing_path"]
@@ -66,17 +67,21 @@ class _DiskTree(Tree):
 
     def walk(self, folder: str) -> list[str]:
         names: list[str] = []
-        stack = [(folder, frozenset[str]())]
+        # Links to folders are followed, but not to a folder above: its images would come twice, or under another class.
+        parents = ["", *itertools.accumulate(folder.split("/")[:-1], "{}/{}".format)]
+        stack = [(folder, frozenset(self._real(parent) for parent in parents))]
         while stack:
             here, above = stack.pop()
+            real = self._real(here)
+            if real in above:
+                continue
             folders, files = self._list(here, keep=False)
             names += [f"{here}/{name}" for name in files]
-            if folders:
-                # Links to folders are followed, but not in a circle.
-                real = os.path.realpath(os.path.join(self.root, here))
-                if real not in above:
-                    stack += [(f"{here}/{name}", above | {real}) for name in folders]
+            stack += [(f"{here}/{name}", above | {real}) for name in folders]
         return sorted(names)
+
+    def _real(self, folder: str) -> str:
+        return os.path.realpath(os.path.join(self.root, folder))
 
     def _list(self, folder: str, keep: bool = True) -> tuple[list[str], list[str]]:
         """(folders, files), hidden ones left out; what the layout asks for again is kept."""
@@ -85,18 +90,34 @@ class _DiskTree(Tree):
         path = os.path.join(self.root, folder) if folder else self.root
         try:
             with os.scandir(path) as entries:
-                folders, files = [], []
+                folders: list[str] = []
+                files: list[str] = []
                 for entry in entries:
-                    if not entry.name.startswith("."):
-                        (folders if entry.is_dir() else files).append(entry.name)
+                    if is_ignored(entry.name):
+                        continue
+                    if _is_dir(entry):
+                        folders.append(entry.name)
+                    elif (
+                        entry.is_symlink() or entry.is_file()
+                    ):  # a broken link is reported when read; a pipe would block
+                        files.append(entry.name)
         except PermissionError as error:
-            raise PermissionError(f"the folder {path} may not be read ({error.strerror}); give this user read and execute rights on it") from error
+            raise PermissionError(
+                f"the folder {path} may not be read ({error.strerror}); give this user read and execute rights on it"
+            ) from error
         except FileNotFoundError as error:
             raise missing_path(path) from error
         listed = sorted(folders), sorted(files)
         if keep:
             self._listed[folder] = listed
         return listed
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def missing_path(path: str) -> FileNotFoundError:

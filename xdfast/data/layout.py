@@ -8,14 +8,18 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-__all__ = ["EXTENSIONS", "VAL_NAMES", "ClassFolders", "Tree", "find_class_folders"]
+__all__ = ["EXTENSIONS", "TRAIN_NAMES", "VAL_NAMES", "ClassFolders", "Tree", "find_class_folders", "is_ignored"]
 
 log = logging.getLogger("xdfast")
 
 EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2".split()
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+    + (".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2")
 )
-VAL_NAMES = ("val", "valid", "validation", "test")
+TRAIN_NAMES = ("train", "training")
+VAL_NAMES = ("val", "valid", "validation", "test", "testing")
+_SYSTEM = frozenset(("__MACOSX", "@eaDir", "lost+found"))  # left by macOS's zip, by Synology, by ext4
+_MAX_WRAPPING = 8
 _EXPECTED = "expected CLASS/image.jpg, or train/CLASS/image.jpg and val/CLASS/image.jpg"
 
 
@@ -56,6 +60,11 @@ class ClassFolders:
     part: str | None
 
 
+def is_ignored(name: str) -> bool:
+    """True for hidden files and folders and those a system leaves behind; ``name`` has no slashes."""
+    return name.startswith(".") or name in _SYSTEM
+
+
 def is_image(name: str) -> bool:
     """True for the extensions this package reads, in any case; hidden files are not images."""
     path = PurePosixPath(name)
@@ -65,8 +74,9 @@ def is_image(name: str) -> bool:
 def find_class_folders(tree: Tree, split: str) -> ClassFolders:
     """Finds the class folders of a split.
 
-    ``train/`` beside ``val/`` (or ``valid/``, ``validation/``, ``test/``, in this order) are the two parts. Without
-    them every sub-folder is a class and ``part`` is None. A single wrapping folder is stepped into.
+    ``train/`` (or ``training/``) beside ``val/`` (or ``valid/``, ``validation/``, ``test/``, ``testing/``, in this order) are
+    the two parts. Without them every sub-folder is a class and ``part`` is None; so is ``train/`` if it holds images, no
+    folders, and stands beside other classes (trains beside buses). A single wrapping folder is stepped into.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -75,12 +85,17 @@ def find_class_folders(tree: Tree, split: str) -> ClassFolders:
     base = _unwrap(tree)
     shown = _shown(tree, base)
     by_lower = {name.lower(): name for name in tree.folders(base)}
-    if "train" not in by_lower:
+    train = _train_folder(tree, base, by_lower)
+    if train is None:
+        if len(by_lower) > 1 and set(by_lower) <= {*TRAIN_NAMES, *VAL_NAMES}:
+            raise ValueError(
+                f"{shown} has {_some(sorted(by_lower.values()))} but no train/; name the part that holds the training "
+                "images train, or pass the folder of one part"
+            )
         return _read(tree, base, part=None)
-    train = _join(base, by_lower["train"])
     val = _val_folder(tree, base, by_lower)
     if val is None:
-        log.info("%s has train/ but no val/: train/ is split", shown)
+        log.info("%s has %s/ but no val/: it is split", shown, PurePosixPath(train).name)
         return _read(tree, train, part=None)
     classes, other = tree.folders(train), tree.folders(val)
     if classes and other and classes != other:
@@ -96,16 +111,26 @@ def find_class_folders(tree: Tree, split: str) -> ClassFolders:
     return _read(tree, train if split == "train" else val, part=split, empty_class_ok=split == "val")
 
 
+def _train_folder(tree: Tree, base: str, by_lower: dict[str, str]) -> str | None:
+    for name in TRAIN_NAMES:
+        if name in by_lower:
+            folder = _join(base, by_lower[name])
+            beside = set(by_lower) - {*TRAIN_NAMES, *VAL_NAMES}
+            a_class = beside and not tree.folders(folder) and any(map(is_image, tree.files(folder)))
+            return None if a_class else folder
+    return None
+
+
 def _val_folder(tree: Tree, base: str, by_lower: dict[str, str]) -> str | None:
     for name in VAL_NAMES:
         if name not in by_lower:
             continue
         folder = _join(base, by_lower[name])
         if tree.folders(folder):
-            if name == "test":
-                log.info("%s: test/ serves for validation", _shown(tree, base))
+            if name in ("test", "testing"):
+                log.info("%s: %s/ serves for validation", _shown(tree, base), by_lower[name])
             return folder
-        if name != "test":
+        if name not in ("test", "testing"):
             raise ValueError(
                 f"{_shown(tree, folder)} has no class sub-folders; sort its images into one folder per class, or remove it "
                 "to have a part of train/ split off"
@@ -116,14 +141,15 @@ def _val_folder(tree: Tree, base: str, by_lower: dict[str, str]) -> str | None:
 
 def _unwrap(tree: Tree) -> str:
     base = ""
-    while True:
+    for _ in range(_MAX_WRAPPING):  # a link to its own parent would wrap for ever
         folders = tree.folders(base)
-        if len(folders) != 1 or any(map(is_image, tree.files(base))) or folders[0].lower() == "train":
+        if len(folders) != 1 or any(map(is_image, tree.files(base))) or folders[0].lower() in TRAIN_NAMES:
             return base
         inner = _join(base, folders[0])
         if not tree.folders(inner) or any(map(is_image, tree.files(inner))):
             return base
         base = inner
+    return base
 
 
 def _read(tree: Tree, base: str, part: str | None, empty_class_ok: bool = False) -> ClassFolders:
@@ -150,11 +176,13 @@ def _read(tree: Tree, base: str, part: str | None, empty_class_ok: bool = False)
     if not names:
         found = ", ".join(f"{count} {suffix}" for suffix, count in seen.most_common(5)) or "no files"
         raise ValueError(
-            f"{shown}: no images in its {len(classes)} sub-folders (found {found}); known extensions: {' '.join(sorted(EXTENSIONS))}"
+            f"{shown}: no images in its {len(classes)} sub-folders (found {found}); "
+            f"known extensions: {' '.join(sorted(EXTENSIONS))}"
         )
     if empty and not empty_class_ok:
         raise ValueError(
-            f"{shown}: no images in class folder{'s' * (len(empty) != 1)} {_some(empty)}; add images, or move what is not a class elsewhere"
+            f"{shown}: no images in class folder{'s' * (len(empty) != 1)} {_some(empty)}; "
+            "add images, or move what is not a class elsewhere"
         )
     if empty:
         log.warning("%s: no images of class %s", shown, _some(empty))

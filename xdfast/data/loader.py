@@ -124,7 +124,9 @@ class ImageLoader:
             self._note(batch.bad)
             yield batch
             if turn != self._turn and self.workers:
-                raise RuntimeError("another epoch() of this loader was begun before this one ended; use a second ImageLoader")
+                raise RuntimeError(
+                    "another epoch() of this loader was begun before this one ended; use a second ImageLoader"
+                )
 
     def _note(self, bad: dict[str, str]) -> None:
         for path, reason in bad.items():

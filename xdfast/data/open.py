@@ -53,11 +53,15 @@ def open_source(
         raise ValueError(f"split must be 'train' or 'val', got {split!r}")
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction must be between 0 and 1, or None, got {val_fraction!r}")
-    if labels_per_class is not None and (isinstance(labels_per_class, bool) or int(labels_per_class) != labels_per_class or labels_per_class < 1):
+    if labels_per_class is not None and (
+        isinstance(labels_per_class, bool) or int(labels_per_class) != labels_per_class or labels_per_class < 1
+    ):
         raise ValueError(f"labels_per_class must be an integer ≥ 1, or None, got {labels_per_class!r}")
     source = _open(data, split)
     if source.part not in (None, split):
-        raise ValueError(f"{source.name} was opened as the {source.part!r} part and cannot serve as {split!r}; pass other data for it")
+        raise ValueError(
+            f"{source.name} was opened as the {source.part!r} part and cannot serve as {split!r}; pass other data for it"
+        )
     if source.part is None and val_fraction is not None:
         source = SubsetSource(source, split_indices(source, split, seed, val_fraction), part=split)
     if labels_per_class is not None:
@@ -83,7 +87,12 @@ def split_indices(source: ImageSource, split: str, seed: int, val_fraction: floa
             f"{source.name}: the validation part is empty (no class has two images); add images or pass val_data"
         )
     if single and split == "val":
-        log.warning("%s: no validation image of %d class(es) with a single image: %s", source.name, len(single), ", ".join(single[:5]))
+        log.warning(
+            "%s: no validation image of %d class(es) with a single image: %s",
+            source.name,
+            len(single),
+            ", ".join(single[:5]),
+        )
     is_val = ranks < held[source.labels]
     return np.flatnonzero(is_val if split == "val" else ~is_val)
 
@@ -94,7 +103,11 @@ def keep_per_class(source: ImageSource, count: int, seed: int) -> np.ndarray:
     short = [f"{source.classes[i]!r} has {counts[i]}" for i in np.flatnonzero(counts < count)]
     if short:
         log.warning(
-            "%s: labels_per_class=%d, but %s%s; all of those are kept", source.name, count, ", ".join(short[:5]), " …" if len(short) > 5 else ""
+            "%s: labels_per_class=%d, but %s%s; all of those are kept",
+            source.name,
+            count,
+            ", ".join(short[:5]),
+            " …" if len(short) > 5 else "",
         )
     return np.flatnonzero(_ranks(source, seed, "labels") < count)
 
@@ -127,14 +140,18 @@ def _open_text(data: str, split: str) -> ImageSource:
         return open_torchvision(rest, split)
     if scheme == "sklearn":
         if rest != "digits":
-            raise ValueError(f"scikit-learn ships no images called {rest!r}.{nearest(rest, ['digits'])} Use 'sklearn:digits'")
+            raise ValueError(
+                f"scikit-learn ships no images called {rest!r}.{nearest(rest, ['digits'])} Use 'sklearn:digits'"
+            )
         return DigitsSource()
     path = Path(data).expanduser()
     if path.is_dir():
         return FolderSource(path, split)
     if not path.exists():
         if rest and not path.parent.is_dir():
-            raise ValueError(f"data {data!r} is neither a path nor a known source.{nearest(scheme, ['torchvision', 'sklearn'])} Expected {_FORMS}")
+            raise ValueError(
+                f"data {data!r} is neither a path nor a known source.{nearest(scheme, ['torchvision', 'sklearn'])} Expected {_FORMS}"
+            )
         raise missing_path(str(path))
     if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
         return ZipSource(path, split)

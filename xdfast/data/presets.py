@@ -60,7 +60,9 @@ def augment_preset(
         TypeError: unknown override.
     """
     if name not in _PRESETS:
-        raise ValueError(f"unknown augmentation preset {name!r}.{nearest(name, _PRESETS)} There are: {', '.join(_PRESETS)}")
+        raise ValueError(
+            f"unknown augmentation preset {name!r}.{nearest(name, _PRESETS)} There are: {', '.join(_PRESETS)}"
+        )
     view_fields = [f.name for f in dataclasses.fields(Augment)]
     for key in overrides:
         if key not in view_fields and key not in _BATCH_FIELDS:

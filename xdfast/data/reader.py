@@ -72,7 +72,9 @@ class BatchReader(torch.utils.data.Dataset):
             self._have = np.zeros(len(source), dtype=bool)
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
-        slots = plan.ids  # a view is drawn from the id of the sample the row stands for, also where another image replaces it
+        slots = (
+            plan.ids
+        )  # a view is drawn from the id of the sample the row stands for, also where another image replaces it
         ids = slots.copy()
         valid = slots != PADDING
         bad: dict[str, str] = {}
@@ -110,7 +112,9 @@ class BatchReader(torch.utils.data.Dataset):
                 first = first or error
         if not self.views.train:
             return None
-        raise RuntimeError(f"{first}; none of {min(_TRIES, len(self.source))} images drawn to replace it can be read either: check {self.source.name}")
+        raise RuntimeError(
+            f"{first}; none of {min(_TRIES, len(self.source))} images drawn to replace it can be read either: check {self.source.name}"
+        )
 
     def _candidates(self, epoch: int, slot: int) -> Iterator[int]:
         yield slot

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image
 
+from xdfast.data._rng import preserved_rng
 from xdfast.data.decode import BadImage
 
 __all__ = ["ImageSource", "PackedStrings", "SubsetSource"]
@@ -75,13 +76,16 @@ class ImageSource(ABC):
         """
         sides: list[int] = []
         bad: list[BadImage] = []
-        for i in np.unique(np.linspace(0, len(self) - 1, 4 * _PROBES).astype(int)):
-            try:
-                sides.append(min(self.size(int(i))))
-            except BadImage as error:
-                bad.append(error)
-            if len(sides) == _PROBES:
-                break
+        spread = np.unique(np.linspace(0, len(self) - 1, 4 * _PROBES).astype(int))
+        # Every fourth first: where nothing is damaged, the images looked at come from all classes, not from the first ones.
+        with preserved_rng():
+            for i in np.concatenate([spread[k::4] for k in range(4)]):
+                try:
+                    sides.append(min(self.size(int(i))))
+                except BadImage as error:
+                    bad.append(error)
+                if len(sides) == _PROBES:
+                    break
         if not sides:
             raise ValueError(f"{self.name}: none of the {len(bad)} images looked at can be read; the first: {bad[0]}")
         return int(np.median(sides))
@@ -150,5 +154,6 @@ class PackedStrings:
         return len(self._ends)
 
     def __getitem__(self, i: int) -> str:
+        i = range(len(self._ends))[i]  # negative numbers count from the end, as in a list
         start = int(self._ends[i - 1]) if i > 0 else 0
         return self._bytes[start : int(self._ends[i])].tobytes().decode("utf-8", "surrogateescape")

@@ -90,7 +90,10 @@ class Views:
         self.seed = seed
         self.fixed_base = not train or augment.train_crop != "rrc"
         self._made: dict[str, Callable[[Image.Image], Any]] = {}
-        _ = self._base if self.fixed_base else self._random, self._colours  # a bad setting is reported here, not in a worker
+        _ = (
+            self._base if self.fixed_base else self._random,
+            self._colours,
+        )  # a bad setting is reported here, not in a worker
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_made": {}}  # rebuilt in the process that uses it
