@@ -8,6 +8,7 @@ from __future__ import annotations
 from xdfast.reporting.flops import FlopCount, count_flops
 from xdfast.reporting.records import ModelRecord, Report, RunRecord
 from xdfast.reporting.speed import SpeedTable, compare_speed
+from xdfast.reporting.tables import method_table, summarize
 
 __all__ = [
     "FlopCount",
