@@ -23,7 +23,7 @@ class BatchAugment:
     which is unit normal noise once a model has normalised (they may lie outside [0, 1]).
 
     A batch of odd size: timm mixes image i with image B−1−i, which needs an even B; the last image is left as it is, with
-    its one-hot target, and the others are mixed.
+    its one-hot target, and the others are mixed. So a batch of 1 is never mixed.
 
     Args:
         num_classes: C.
@@ -152,6 +152,6 @@ class BatchAugment:
         even = len(images) // 2 * 2
         targets = torch.nn.functional.one_hot(labels, self.num_classes).float()
         images = images.clone()  # timm mixes in place
-        if even:
+        if even and self._mix is not None:
             images[:even], targets[:even] = self._mix(images[:even], labels[:even])
         return images, targets

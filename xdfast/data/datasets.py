@@ -6,6 +6,7 @@ import fcntl
 import inspect
 import logging
 import os
+import urllib.error
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from xdfast.data._rng import preserved_rng
 from xdfast.data.decode import BadImage, to_rgb
 from xdfast.data.sources import ImageSource
 from xdfast.errors import nearest
@@ -22,6 +24,10 @@ from xdfast.errors import nearest
 __all__ = ["DatasetSource", "DigitsSource", "open_torchvision"]
 
 log = logging.getLogger("xdfast")
+
+
+# What Pillow raises for damaged files; anything else is a bug worth seeing.
+_DAMAGED = (OSError, SyntaxError, Image.DecompressionBombError)
 
 
 class DigitsSource(ImageSource):
@@ -67,7 +73,10 @@ class DatasetSource(ImageSource):
     """
 
     def __init__(self, dataset: Any, name: str | None = None, part: str | None = None) -> None:
-        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        if isinstance(dataset, type):
+            raise TypeError(f"expected a dataset, got the class {dataset.__name__}; make one: {dataset.__name__}(…)")
+        stream = isinstance(dataset, torch.utils.data.IterableDataset)  # which inherits a [i] that only raises
+        if stream or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise TypeError(
                 f"expected a dataset with len() and [i], got {type(dataset).__name__}; a stream cannot be shuffled or resumed: "
                 "write the images to class folders, or subclass xdfast.data.ImageSource"
@@ -84,7 +93,8 @@ class DatasetSource(ImageSource):
                 self.name,
                 len(dataset),
             )
-            labels = np.array([_label(self._item(i)[1], self.path(i)) for i in range(len(dataset))], dtype=np.int64)
+            with preserved_rng():
+                labels = np.array([self._read_label(i) for i in range(len(dataset))], dtype=np.int64)
         if labels.min() < 0:
             i = int(labels.argmin())
             raise ValueError(f"{self.path(i)}: labels must be ≥ 0, got {labels[i]}")
@@ -96,21 +106,29 @@ class DatasetSource(ImageSource):
         path = self.path(i)
         try:
             image = self._item(i)[0]
-        except (
-            OSError,
-            SyntaxError,
-        ) as error:  # what Pillow raises for damaged files; anything else is a bug worth seeing
+            if isinstance(image, Image.Image):
+                image.load()  # a dataset may return a file that is opened, not read
+                return to_rgb(image, path)
+        except _DAMAGED as error:
             raise BadImage(path, str(error) or type(error).__name__) from error
         return _to_image(image, path)
 
     def path(self, i: int) -> str:
-        files = getattr(self.dataset, "samples", None)
-        if isinstance(files, list) and len(files) == len(self.dataset) and isinstance(files[i], tuple):
-            return str(files[i][0])
-        return f"{self.name}[{i}]"
+        file = _file(self.dataset, i)
+        return f"{self.name}[{i}]" if file is None else file[0]
 
     def key(self, i: int) -> str:
-        return f"[{i}]"
+        file = _file(self.dataset, i)
+        return f"[{i}]" if file is None else file[1]
+
+    def _read_label(self, i: int) -> int:
+        try:
+            return _label(self._item(i)[1], self.path(i))
+        except _DAMAGED as error:
+            raise ValueError(
+                f"{self.path(i)}: cannot be read, so its label is not known ({error}); repair or remove it, or give the "
+                "dataset an attribute targets with all labels"
+            ) from error
 
     def _item(self, i: int) -> Sequence[Any]:
         item = self.dataset[i]
@@ -119,7 +137,7 @@ class DatasetSource(ImageSource):
         return item
 
 
-def open_torchvision(spec: str, split: str, *, own_parts: bool = True) -> DatasetSource:
+def open_torchvision(spec: str, split: str) -> DatasetSource:
     """``NAME``, ``NAME:ROOT``, each with ``?download`` at the end, as in ``CIFAR10:/data?download``.
 
     ROOT defaults to ``$XDFAST_DATA``, else ``~/.cache/xdfast``. Data sets with a ``train=`` or ``split=`` argument have
@@ -135,16 +153,17 @@ def open_torchvision(spec: str, split: str, *, own_parts: bool = True) -> Datase
     if option not in ("", "download"):
         raise ValueError(f"torchvision:{spec}?{option}: the only option is ?download")
     name, _, root = spec.partition(":")
-    known = {n: getattr(torchvision.datasets, n) for n in torchvision.datasets.__all__}
+    known = {n: c for n in torchvision.datasets.__all__ if isinstance(c := getattr(torchvision.datasets, n), type)}
     cls = known.get(name) or {n.lower(): c for n, c in known.items()}.get(name.lower())
     if cls is None:
         raise ValueError(
             f"torchvision has no data set {name!r}.{nearest(name, known)} It has: {', '.join(sorted(known))}"
         )
-    parameters = inspect.signature(cls.__init__).parameters
+    name = cls.__name__
+    parameters = inspect.signature(cls).parameters
     needed = [
         n
-        for n, p in list(parameters.items())[1:]
+        for n, p in parameters.items()
         if p.default is p.empty
         and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         and n not in ("root", "train", "split")
@@ -160,7 +179,7 @@ def open_torchvision(spec: str, split: str, *, own_parts: bool = True) -> Datase
     if "train" in parameters:
         choices = [{"train": split == "train"}]
     elif "split" in parameters:
-        choices = [{"split": s} for s in (("train",) if split == "train" else ("val", "valid", "test"))]
+        choices = [{"split": s} for s in (("train", "trainval") if split == "train" else ("val", "valid", "test"))]
     dataset = _build(cls, folder, options, choices, f"torchvision:{name}")
     return DatasetSource(dataset, name=f"torchvision:{name}", part=split if choices != [{}] else None)
 
@@ -172,8 +191,8 @@ def _build(cls: type, folder: Path, options: dict[str, Any], choices: list[dict[
                 return cls(root=str(folder), **choice)
             with _one_at_a_time(folder):
                 return cls(root=str(folder), **choice, **options)
-        except (RuntimeError, FileNotFoundError) as error:
-            download = " or add ?download" if "download" in inspect.signature(cls.__init__).parameters else ""
+        except (RuntimeError, FileNotFoundError, urllib.error.URLError) as error:
+            download = ", or add ?download" if "download" in inspect.signature(cls).parameters else ""
             raise FileNotFoundError(
                 f"{shown} is not in {folder} ({error}); put its files there, name another folder ({shown}:FOLDER){download}"
             ) from error
@@ -191,6 +210,18 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
     with open(folder / ".download.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
         yield
+
+
+def _file(dataset: Any, i: int) -> tuple[str, str] | None:
+    """(path, path relative to the dataset's root) of an item of torchvision's ImageFolder and its kin, or None."""
+    if isinstance(dataset, torch.utils.data.Subset):
+        return _file(dataset.dataset, int(dataset.indices[i]))
+    files = getattr(dataset, "samples", None)
+    if not isinstance(files, list) or len(files) != len(dataset) or not isinstance(files[i], tuple):
+        return None
+    path = str(files[i][0])
+    root = str(getattr(dataset, "root", "")).rstrip("/") + "/"
+    return path, path.removeprefix(root)
 
 
 def _known_labels(dataset: Any) -> np.ndarray | None:
@@ -218,13 +249,17 @@ def _known_labels(dataset: Any) -> np.ndarray | None:
 
 
 def _label(value: Any, path: str) -> int:
-    if (
-        isinstance(value, (bool, float))
-        or not hasattr(value, "__int__")
-        or getattr(value, "shape", ()) not in ((), (1,))
-    ):
+    kind = getattr(value, "dtype", None)  # of numpy or torch
+    real = isinstance(value, (bool, float)) or (kind is not None and not _is_integer(kind))
+    if real or not hasattr(value, "__int__") or getattr(value, "shape", ()) not in ((), (1,)):
         raise TypeError(f"{path}: a label must be one integer, got {type(value).__name__} {value!r}")
     return int(value)
+
+
+def _is_integer(kind: Any) -> bool:
+    if isinstance(kind, torch.dtype):
+        return not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+    return np.dtype(kind).kind in "iu"
 
 
 def _class_names(dataset: Any, count: int) -> list[str]:
@@ -238,20 +273,21 @@ def _class_names(dataset: Any, count: int) -> list[str]:
 
 def _holds_pixels(dataset: Any) -> bool:
     """True if items are in memory and always the same, so that they may be cached."""
-    if isinstance(dataset, torch.utils.data.Subset):
+    # Only of classes whose code is known: a subclass may well augment in __getitem__, which a cache would freeze.
+    if type(dataset) is torch.utils.data.Subset:
         return _holds_pixels(dataset.dataset)
-    if isinstance(dataset, torch.utils.data.TensorDataset):
+    if type(dataset) is torch.utils.data.TensorDataset:
         return True
+    if not type(dataset).__module__.startswith("torchvision."):
+        return False
     stored = isinstance(getattr(dataset, "data", None), (np.ndarray, torch.Tensor))
     return stored and getattr(dataset, "transform", None) is None and getattr(dataset, "transforms", None) is None
 
 
 def _to_image(image: Any, path: str) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return to_rgb(image, path)
     if isinstance(image, torch.Tensor):
         array = _tensor_to_array(image, path)
-    elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and (image.ndim == 2 or image.shape[-1] == 3):
+    elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] == (3,)):
         array = image
     else:
         got = f"{type(image).__name__} {getattr(image, 'dtype', '')} {tuple(getattr(image, 'shape', ()))}"
@@ -268,9 +304,10 @@ def _tensor_to_array(image: torch.Tensor, path: str) -> np.ndarray:
         low, high = float(image.min()), float(image.max())
         if not (low >= 0 and high <= 1):
             raise ValueError(
-                f"{path}: a float image must lie in [0, 1], got [{low:.3g}, {high:.3g}]; leave normalisation out, each model does its own"
+                f"{path}: a float image must lie in [0, 1], got [{low:.3g}, {high:.3g}]; "
+                "leave normalisation out, each model does its own"
             )
         image = (image * 255).round().to(torch.uint8)
     if image.dtype != torch.uint8:
         raise TypeError(f"{path}: expected a uint8 tensor or a float one in [0, 1], got {image.dtype}")
-    return image.expand(3, -1, -1).permute(1, 2, 0).numpy()
+    return image.expand(3, -1, -1).permute(1, 2, 0).detach().cpu().numpy()

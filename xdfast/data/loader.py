@@ -42,9 +42,10 @@ class ImageLoader:
         augment: see :class:`Augment`.
         seed: of order and views.
         rank, world_size: this process and how many share the images; every rank gets the same number of batches.
-        workers: processes that read; ``"auto"``: none where small images are in memory, else one per core and rank, at most 8.
+        workers: processes that read; ``"auto"``: none where small images are in memory, else one per core and
+            rank of this machine, at most 8.
         drop_last: leave out an incomplete last batch; default: in training.
-        max_bad: unreadable images to put up with; default: a tenth of them all, at least 10.
+        max_bad: unreadable images to put up with; default: a tenth of them all, at least 10; never all.
 
     Attributes:
         bad: path → reason of the unreadable images met so far. To continue a run, put those of the earlier part in.
@@ -113,8 +114,12 @@ class ImageLoader:
         return self._batches(epoch, start)
 
     def close(self) -> None:
-        """Ends the worker processes; the next epoch starts new ones."""
+        """Ends the worker processes; an epoch under way cannot go on, the next one starts new workers."""
+        self._turn += 1
+        iterator: Any = self._loader._iterator
         self._loader._iterator = None
+        if iterator is not None:  # explicitly: a half-read epoch still refers to it and would keep the processes alive
+            iterator._shutdown_workers()
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
         self._turn += 1
@@ -125,7 +130,7 @@ class ImageLoader:
             yield batch
             if turn != self._turn and self.workers:
                 raise RuntimeError(
-                    "another epoch() of this loader was begun before this one ended; use a second ImageLoader"
+                    "this loader was closed, or another epoch() begun, before this one ended; use a second ImageLoader"
                 )
 
     def _note(self, bad: dict[str, str]) -> None:
@@ -133,10 +138,11 @@ class ImageLoader:
             if path not in self.bad:
                 self.bad[path] = reason
                 log.warning("skipped an unreadable image: %s: %s", path, reason)
-        if bad and len(self.bad) > self.max_bad:
+        if bad and len(self.bad) > min(self.max_bad, len(self.source) - 1):  # all of them are too many in any case
             shown = "; ".join(f"{path}: {reason}" for path, reason in list(self.bad.items())[:3])
             raise RuntimeError(
-                f"{len(self.bad)} of {len(self.source)} images of {self.source.name} cannot be read, more than max_bad={self.max_bad} ({shown}; …); "
+                f"{len(self.bad)} of {len(self.source)} images of {self.source.name} cannot be read, "
+                f"more than max_bad={self.max_bad} allows ({shown}; …); "
                 "repair or remove them, or raise max_bad"
             )
 
@@ -163,8 +169,10 @@ def choose_workers(source: ImageSource, views: Views, world_size: int) -> int:
     small = views.image_size <= _SMALL_VIEW and (views.batched or len(source) <= _MANY)
     if source.in_memory and small:
         return 0
+    # The cores are shared by the ranks of this machine, which torchrun counts, not by those of all machines.
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(np.clip(cores // world_size, 1, _MAX_WORKERS))
+    return int(np.clip(cores // min(ranks_here, world_size), 1, _MAX_WORKERS))
 
 
 def _unchanged(item: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import numbers
 import os
 import zipfile
 from pathlib import Path
@@ -39,7 +40,8 @@ def open_source(
             (``?download`` at the end fetches it); ``"sklearn:digits"``; an :class:`ImageSource`; or a torch dataset of
             (image, label), see :class:`DatasetSource`.
         split: ``"train"`` or ``"val"``. ``train/`` and ``val/`` (or ``valid/``, ``validation/``, ``test/``) are used where
-            the data has them. Otherwise ``val_fraction`` of each class is split off, a function of (seed, file name) only.
+            the data has them. Otherwise ``val_fraction`` of each class is split off, a function of (seed, file names) only:
+            where it lies and in which order it is read do not matter, and a new image moves at most one other across.
         seed: of the split and of ``labels_per_class``.
         val_fraction: in (0, 1); None splits nothing off: data without parts of its own is used whole, for either split.
         labels_per_class: keeps this many images of each class, a function of (seed, file name) only.
@@ -51,10 +53,10 @@ def open_source(
     """
     if split not in ("train", "val"):
         raise ValueError(f"split must be 'train' or 'val', got {split!r}")
-    if val_fraction is not None and not 0 < val_fraction < 1:
+    if val_fraction is not None and not (isinstance(val_fraction, numbers.Real) and 0 < val_fraction < 1):
         raise ValueError(f"val_fraction must be between 0 and 1, or None, got {val_fraction!r}")
     if labels_per_class is not None and (
-        isinstance(labels_per_class, bool) or int(labels_per_class) != labels_per_class or labels_per_class < 1
+        isinstance(labels_per_class, bool) or not isinstance(labels_per_class, numbers.Integral) or labels_per_class < 1
     ):
         raise ValueError(f"labels_per_class must be an integer ≥ 1, or None, got {labels_per_class!r}")
     source = _open(data, split)
@@ -148,11 +150,12 @@ def _open_text(data: str, split: str) -> ImageSource:
     if path.is_dir():
         return FolderSource(path, split)
     if not path.exists():
-        if rest and not path.parent.is_dir():
-            raise ValueError(
-                f"data {data!r} is neither a path nor a known source.{nearest(scheme, ['torchvision', 'sklearn'])} Expected {_FORMS}"
-            )
+        hint = nearest(scheme.lower(), ["torchvision", "sklearn"])
+        if rest and (hint or not path.parent.is_dir()):
+            raise ValueError(f"data {data!r} is neither a path nor a known source.{hint} Expected {_FORMS}")
         raise missing_path(str(path))
+    if not path.is_file():  # opening a named pipe would wait for ever
+        raise ValueError(f"{path} is neither a folder nor a file; expected {_FORMS}")
     if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
         return ZipSource(path, split)
     raise ValueError(f"{path} is a file but not a zip archive; expected {_FORMS}")

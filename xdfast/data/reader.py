@@ -48,8 +48,8 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Copy in page-locked memory; called by torch's DataLoader."""
-        pinned = (t.pin_memory() for t in (self.images, self.labels, self.ids, self.valid))
-        return Batch(*pinned, bad=self.bad)
+        images, labels, ids, valid = (t.pin_memory() for t in (self.images, self.labels, self.ids, self.valid))
+        return Batch(images, labels, ids, valid, self.bad)
 
 
 class BatchReader(torch.utils.data.Dataset):
@@ -113,7 +113,8 @@ class BatchReader(torch.utils.data.Dataset):
         if not self.views.train:
             return None
         raise RuntimeError(
-            f"{first}; none of {min(_TRIES, len(self.source))} images drawn to replace it can be read either: check {self.source.name}"
+            f"{first}; none of {min(_TRIES, len(self.source))} images drawn to replace it can be read either: "
+            f"check {self.source.name}"
         )
 
     def _candidates(self, epoch: int, slot: int) -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ __all__ = ["Augment", "Views"]
 
 _CROPS = ("rrc", "pad", "none")
 _INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest", "box", "hamming")
+_POLICY_EXAMPLES = "examples: 'rand-m9-mstd0.5-inc1', 'augmix-m5-w4-d2', 'original'"
+_LONGEST = 32
 _VIEW = 0x56494557  # keeps the draws of views apart from those of the order and of replacements
 
 
@@ -108,7 +111,9 @@ class Views:
         reseed(hash_int(self.seed, _VIEW, epoch, slot))
 
     def base(self, image: Image.Image) -> Tensor:
-        """uint8 ``[3, S, S]``; a function of the image alone where ``fixed_base``, else a random crop from the global generators."""
+        """uint8 ``[3, S, S]``; a function of the image alone where ``fixed_base``, else randomly cropped."""
+        if self.fixed_base:
+            image = _trim(image)
         view = (self._base if self.fixed_base else self._random)(image)
         return view if isinstance(view, Tensor) else _to_tensor(view)
 
@@ -177,11 +182,15 @@ class Views:
         from timm.data import create_transform
 
         policy = self.augment.auto_augment
+        jitter: Any = self.augment.color_jitter or None  # with 0 timm would add a step that draws numbers for nothing
+        wrong = _wrong_sections(policy) if policy else ""
+        if wrong:
+            raise ValueError(f"auto_augment {policy!r}: {wrong} means nothing to timm; {_POLICY_EXAMPLES}")
         try:
             transform = create_transform(
                 self.image_size,
                 is_training=True,
-                color_jitter=self.augment.color_jitter or None,
+                color_jitter=jitter,
                 auto_augment=policy or None,
                 interpolation=self.augment.interpolation,
                 normalize=False,
@@ -192,12 +201,29 @@ class Views:
                 raise
             raise ValueError(
                 f"auto_augment {policy!r} is not a policy timm knows ({type(error).__name__} {error}); "
-                "examples: 'rand-m9-mstd0.5-inc1', 'augmix-m5-w4-d2', 'original'"
+                f"{_POLICY_EXAMPLES}"
             ) from error
         for part in transform if isinstance(transform, tuple) else (transform,):
             for step in part.transforms:
                 _allow_zero_bits(step)
         return transform
+
+
+def _wrong_sections(policy: str) -> str:
+    """The sections of a policy that timm would pass over in silence: letters without a number."""
+    name, *sections = str(policy).split("-")
+    wrong = [s for s in sections if not (re.search(r"[a-z]\d", s) or (name == "rand" and s.startswith("t")))]
+    return ", ".join(map(repr, wrong))
+
+
+def _trim(image: Image.Image) -> Image.Image:
+    """The middle of a very long strip: resized whole, 2 × 20000 pixels would take gigabytes, of which a square is kept."""
+    width, height = image.size
+    longest = _LONGEST * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
 
 
 def _allow_zero_bits(policy: Any) -> None:
