@@ -188,8 +188,6 @@ def test_an_open_archive_survives_fork_and_pickling(make_zip, members, picture):
 def test_workers_read_one_archive_together(make_zip, members):
     source = ZipSource(make_zip(members))
     source.load(0)
-    alone, together = (
-        ImageLoader(source, batch_size=2, image_size=8, train=True, workers=w).epoch(0) for w in (0, 2)
-    )
+    alone, together = (ImageLoader(source, batch_size=2, image_size=8, train=True, workers=w).epoch(0) for w in (0, 2))
     for a, b in zip(alone, together, strict=True):
         assert a.images.equal(b.images) and a.ids.equal(b.ids) and not a.bad
