@@ -6,6 +6,7 @@ Counted and measured figures are never mixed. Nothing here knows the pipeline: i
 from __future__ import annotations
 
 from xdfast.reporting.flops import FlopCount, count_flops
+from xdfast.reporting.page import build_report
 from xdfast.reporting.records import ModelRecord, Report, RunRecord
 from xdfast.reporting.speed import SpeedTable, compare_speed
 from xdfast.reporting.tables import method_table, summarize

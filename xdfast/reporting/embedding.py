@@ -39,7 +39,8 @@ def project(features: Any, seed: int = 0) -> tuple[np.ndarray, float]:
     perplexity = min(30.0, (len(x) - 1) / 4)
     # PCA gives at most F directions; a one-dimensional feature gets an empty second one.
     x = np.pad(x, ((0, 0), (0, max(0, 2 - x.shape[1]))))
-    model = TSNE(2, perplexity=perplexity, init="pca", random_state=seed, learning_rate="auto")
+    method = "exact" if len(x) <= 250 else "barnes_hut"  # the tree pays off only for more points
+    model = TSNE(2, perplexity=perplexity, init="pca", random_state=seed, learning_rate="auto", method=method)
     return model.fit_transform(x), perplexity
 
 
