@@ -190,4 +190,4 @@ def test_hashes_of_arrays_and_integers_agree_and_mix():
     assert [int(b) for b in bits[:9]] == [hash_int(7, -1, i) for i in range(-3, 6)]
     assert len(set(bits.tolist())) == len(ids) and hash_int(1, 2) != hash_int(2, 1)
     values = uniform(bits)
-    assert 0 <= values.min() and values.max() < 1 and abs(values.mean() - 0.5) < 0.05
+    assert values.min() >= 0 and values.max() < 1 and abs(values.mean() - 0.5) < 0.05

@@ -168,7 +168,7 @@ def open_torchvision(spec: str, split: str) -> DatasetSource:
         and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         and n not in ("root", "train", "split")
     ]
-    if needed or "root" not in parameters or name in ("EMNIST", "ImageFolder", "DatasetFolder"):
+    if needed or "root" not in parameters or name in ("EMNIST", "ImageFolder", "DatasetFolder", "VisionDataset"):
         raise ValueError(
             f"torchvision:{name} needs more than a folder and a split ({', '.join(needed) or 'see its documentation'}); "
             f"build torchvision.datasets.{name}(…) yourself and pass the object as data="

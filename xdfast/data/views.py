@@ -210,9 +210,13 @@ class Views:
 
 
 def _wrong_sections(policy: str) -> str:
-    """The sections of a policy that timm would pass over in silence: letters without a number."""
+    """The sections of a policy that timm would pass over in silence: letters without a number, unknown sets of transforms."""
+    from timm.data.auto_augment import rand_augment_choices
+
     name, *sections = str(policy).split("-")
     wrong = [s for s in sections if not (re.search(r"[a-z]\d", s) or (name == "rand" and s.startswith("t")))]
+    if name == "rand":  # timm takes its default set for a name it does not know, as for none
+        wrong += [s for s in sections if s[:1] == "t" and rand_augment_choices(s[1:]) is rand_augment_choices("")]
     return ", ".join(map(repr, wrong))
 
 

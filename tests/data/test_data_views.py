@@ -1,0 +1,145 @@
+"""Views: right pixels, right shapes, and nothing but (seed, epoch, sample) in them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from xdfast.data import Augment
+from xdfast.data._rng import preserved_rng
+from xdfast.data.views import Views
+
+POLICIES = [
+    "rand-m9-mstd0.5-inc1",
+    "rand-m10-n2-tweights",
+    "augmix-m5-w4-d2",
+    "original",
+    "v0",
+    "original-mstd0.5",
+    "3a",
+]
+
+
+def view(views: Views, image: Image.Image, epoch: int = 0, slot: int = 0) -> torch.Tensor:
+    with preserved_rng():
+        views.reseed(epoch, slot)
+        return views.finish(views.base(image)[None], epoch, np.array([slot]))[0]
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 40), (8, 8), (1, 1), (3, 200)])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("crop", ["rrc", "pad", "none"])
+def test_shape_and_type_whatever_the_image(picture, size, train, crop):
+    out = view(Views(Augment(train_crop=crop), 16, train, 0), picture(0, size))
+    assert out.shape == (3, 16, 16) and out.dtype == torch.uint8
+
+
+def test_the_evaluation_view_is_resize_and_centre_crop(picture):
+    image = picture(0, (40, 20))
+    out = view(Views(Augment(interpolation="bilinear", crop_pct=0.5), 8, False, 0), image)
+    resized = image.resize((32, 16), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(out.permute(1, 2, 0), resized.crop((12, 4, 20, 12)))
+    same = view(Views(Augment(), 10, False, 0), picture(1, (10, 10)))
+    np.testing.assert_array_equal(same.permute(1, 2, 0), picture(1, (10, 10)))
+
+
+def test_a_long_strip_costs_no_gigabytes(picture, monkeypatch):
+    seen = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *a, **k: seen.append(size) or resize(self, size, *a, **k)
+    )
+    assert view(Views(Augment(), 64, False, 0), picture(0, (2, 20000))).shape == (3, 64, 64)
+    assert seen and max(map(max, seen)) <= 64 * 32
+
+
+@pytest.mark.parametrize("crop", ["rrc", "pad"])
+def test_draws_follow_seed_epoch_and_sample_only(picture, crop):
+    image, augment = picture(0, (32, 32)), Augment(train_crop=crop, color_jitter=0.4)
+    one, other = Views(augment, 16, True, 5), Views(augment, 16, True, 6)
+    first = view(one, image, 2, 7)
+    torch.rand(3), np.random.rand(3)
+    assert first.equal(view(Views(augment, 16, True, 5), image, 2, 7))
+    assert not first.equal(view(one, image, 3, 7)) and not first.equal(view(one, image, 2, 8))
+    assert not first.equal(view(other, image, 2, 7))
+
+
+def test_padded_shifts_are_windows_of_the_padded_image(picture):
+    views = Views(Augment(train_crop="pad", hflip=0.5), 16, True, 0)
+    bases = torch.stack([views.base(picture(i, (16, 16))) for i in range(300)])
+    kept = bases.clone()
+    out = views.finish(bases, 1, np.arange(300))
+    assert bases.equal(kept) and out.shape == bases.shape
+    padded = torch.nn.functional.pad(bases, (2, 2, 2, 2))
+    places = set()
+    for row in range(300):
+        windows = {(t, l): padded[row, :, t : t + 16, l : l + 16] for t in range(5) for l in range(5)}  # noqa: E741
+        found = [
+            (*at, flip) for at, w in windows.items() for flip in (0, 1) if out[row].equal(w.flip(2) if flip else w)
+        ]
+        assert len(found) == 1
+        places.add(found[0])
+    assert len(places) > 45 and len({p[:2] for p in places}) == 25  # all 50 are possible
+
+
+def test_a_batch_and_its_rows_agree(picture):
+    views = Views(Augment(train_crop="pad", auto_augment="rand-m9-mstd0.5-inc1"), 16, True, 0)
+    bases = torch.stack([views.base(picture(i, (16, 16))) for i in range(5)])
+    with preserved_rng():
+        whole = views.finish(bases, 3, np.arange(5))
+        rows = [views.finish(bases[i : i + 1], 3, np.arange(i, i + 1))[0] for i in reversed(range(5))]
+    assert whole.equal(torch.stack(rows[::-1]))
+
+
+@pytest.mark.parametrize("hflip", [0.0, 1.0])
+def test_flips_have_their_probability(picture, hflip):
+    image = picture(0, (16, 16))
+    out = view(Views(Augment(train_crop="none", hflip=hflip), 16, True, 0), image)
+    plain = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    assert out.equal(plain.flip(2) if hflip else plain)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("crop", ["rrc", "pad"])
+def test_policies_of_timm_run_and_repeat(picture, policy, crop):
+    views = Views(Augment(train_crop=crop, auto_augment=policy), 16, True, 0)
+    out = torch.stack([view(views, picture(1, (24, 20)), 0, slot) for slot in range(20)])
+    again = torch.stack([view(views, picture(1, (24, 20)), 0, slot) for slot in range(20)])
+    assert out.dtype == torch.uint8 and out.equal(again) and len({bytes(v.numpy()) for v in out}) > 10
+
+
+@pytest.mark.parametrize("crop", ["rrc", "pad"])
+@pytest.mark.parametrize(
+    "policy",
+    ["rand-mfoo", "rand-m9-foo", "rand-q3", "rnd-m9", "augmix-x3", "rand-m9-twrong", "rand-9", "original-foo", "rand9"],
+)
+def test_a_wrong_policy_is_reported_when_the_views_are_made(policy, crop):
+    with pytest.raises(ValueError, match=rf"auto_augment '{policy}'.* examples: 'rand-m9-mstd0.5-inc1'"):
+        Views(Augment(train_crop=crop, auto_augment=policy), 16, True, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scale": (0.5, 0.1)}, "scale must be"),
+        ({"scale": (0.0, 1.0)}, "scale must be"),
+        ({"scale": (0.5, 1.5)}, "scale must be"),
+        ({"ratio": (2.0, float("nan"))}, "ratio must be"),
+        ({"hflip": 1.5}, "hflip must be a probability"),
+        ({"color_jitter": -1}, "color_jitter must be ≥ 0"),
+        ({"crop_pct": 0}, "crop_pct must be in"),
+        ({"train_crop": "pads"}, "train_crop must be one of rrc, pad, none, got 'pads'. Did you mean 'pad'?"),
+        ({"interpolation": "bicubik"}, "Did you mean 'bicubic'?"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Augment(**settings)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True, "16"])
+def test_the_size_is_a_number_of_pixels(size):
+    with pytest.raises(ValueError, match="image_size must be an integer ≥ 1"):
+        Views(Augment(), size, False, 0)
