@@ -21,7 +21,16 @@ from xdfast.reporting.records import ModelRecord
 from xdfast.reporting.speed import SpeedTable, device_name
 from xdfast.reporting.tables import accuracy_table, format_metric
 
-__all__ = ["cost_table", "counted", "display_names", "environment", "headline", "notes_on_data", "plain"]
+__all__ = [
+    "cost_table",
+    "counted",
+    "display_names",
+    "environment",
+    "headline",
+    "notes_on_data",
+    "notes_on_speed",
+    "plain",
+]
 
 
 def plain(value: Any) -> Any:
@@ -185,6 +194,19 @@ def notes_on_data(groups: Sequence[Group]) -> list[str]:
         )
     if runs and all(len(group.runs) == 1 for group in groups):
         notes.append("Each method has one run: differences may be chance. Repeat with other seeds for intervals.")
+    return notes
+
+
+def notes_on_speed(speed: SpeedTable) -> list[str]:
+    """What was not measured, and whether the machine was quiet enough for latencies to mean something."""
+    notes = list(speed.skipped)
+    unsteady = [f"{r.model} at batch {r.batch_size}" for r in speed.rows if r.p95_ms > 2 * r.min_ms]
+    if unsteady:
+        load = "" if speed.load is None else f"; load {speed.load:.1f} on {os.cpu_count()} cores before it began"
+        notes.append(
+            f"The machine was not quiet during the measurement ({', '.join(unsteady)}: p95 above twice the fastest "
+            f"sample{load}): latencies are too high, and speedups as uncertain as their intervals."
+        )
     return notes
 
 

@@ -75,7 +75,12 @@ def build_report(
     counts, count_notes = content.counted(models, names)
     speed = _speed(models, names, batch_sizes, device, seconds) if measure_speed and models else None
     cost = content.cost_table(models, names, counts, speed)
-    warned = [*content.notes_on_data(groups), *left_out, *count_notes, *(speed.skipped if speed else [])]
+    warned = [
+        *content.notes_on_data(groups),
+        *left_out,
+        *count_notes,
+        *(content.notes_on_speed(speed) if speed else []),
+    ]
     data: dict[str, Any] = content.plain(
         {
             "title": title,
@@ -181,14 +186,17 @@ def _run(record: RunRecord) -> dict[str, Any]:
 
 def _pictures(groups: Sequence[Group], cost: Sequence[dict[str, Any]], speed: Any) -> dict[str, list[Picture]]:
     """Section → pictures; sections without any are empty."""
-    best = max((g.best for g in groups), key=lambda run: content.finite(run.metrics.get("top1")) or -1.0)
+    group, best = max(
+        ((g, g.best) for g in groups), key=lambda pair: content.finite(pair[1].metrics.get("top1")) or -1.0
+    )
+    name = f"{group.label}, run {best.name}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of matplotlib and sklearn, about fonts and few points
         drawn: dict[str, list[Picture | None]] = {
             "accuracy": [plots.methods(groups)],
             "curves": [plots.curves(groups)],
             "cost": [_tradeoff(cost, speed), _tradeoff(cost, None)],
-            "confusion": [plots.confusion_matrix(best.confusion, best.classes, best.name) if best.confusion else None],
+            "confusion": [plots.confusion_matrix(best.confusion, best.classes, name) if best.confusion else None],
             "tsne": [_tsne(group) for group in groups[:_MOST_TSNE]],
         }
     return {section: [p for p in found if p is not None] for section, found in drawn.items()}

@@ -20,8 +20,8 @@ _NUMBERED = 15
 
 def styles(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
     """Label → colour, marker and line, the same in every picture."""
-    coloured = [g.label for g in groups if not g.is_scratch]
-    return {g.label: style(coloured.index(g.label) if not g.is_scratch else 0, g.is_scratch) for g in groups}
+    numbers = {scratch: [g.label for g in groups if g.is_scratch == scratch] for scratch in (False, True)}
+    return {g.label: style(numbers[g.is_scratch].index(g.label), g.is_scratch) for g in groups}
 
 
 def curves(groups: Sequence[Group]) -> Picture | None:
@@ -131,6 +131,8 @@ def tradeoff(points: Sequence[dict[str, Any]], x_label: str, title: str) -> Pict
     shown = [p for p in points if finite(p.get("x")) and finite(p.get("top1")) is not None]
     if len(shown) < 2:
         return None
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     figure, (ax,) = new_figure(7.4, 3.4)
     for i, point in enumerate(shown):
         teacher = point["role"] == "teacher"
@@ -147,6 +149,10 @@ def tradeoff(points: Sequence[dict[str, Any]], x_label: str, title: str) -> Pict
             color=INK,
         )
     ax.set_xscale("log")
+    # 0.5, 1, 2 rather than powers of ten: costs seldom span decades.
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.15g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     low, high = min(p["x"] for p in shown), max(p["x"] for p in shown)
     room = max((high / low) ** 0.25, 1.5)  # for the names beside the marks
     ax.set_xlim(low / room, high * room)

@@ -30,6 +30,7 @@ class SpeedRow:
 
     Attributes:
         p50_ms, p95_ms: latency of one forward pass of the whole batch, in milliseconds.
+        min_ms: the fastest sample; far below p50, it tells of a machine that was busy with other work.
         images_per_s: batch_size / p50.
         speedup: median of the baseline / median of this model, over the same rounds; None without a baseline.
         speedup_low, speedup_high: 95 % bootstrap interval of it over rounds.
@@ -43,6 +44,7 @@ class SpeedRow:
     batch_size: int
     image_size: int
     dtype: str
+    min_ms: float
     p50_ms: float
     p95_ms: float
     images_per_s: float
@@ -64,6 +66,7 @@ class SpeedTable:
         baseline: name of the model the speedups are over.
         device, device_name, threads, torch_version, amp: where and how.
         memory_method: how peak activation memory was measured.
+        load: others' work on the machine before the measurement, in processors (1 min average); None if unknown.
         skipped: what was not measured, and why.
     """
 
@@ -75,6 +78,7 @@ class SpeedTable:
     torch_version: str
     amp: str | None
     memory_method: str
+    load: float | None = None
     skipped: list[str] = field(default_factory=list)
 
     def row(self, model: str, batch_size: int) -> SpeedRow | None:
@@ -144,6 +148,7 @@ def compare_speed(
         torch_version=torch.__version__,
         amp=amp,
         memory_method=CUDA_METHOD if place.type == "cuda" else CPU_METHOD,
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     )
     batches = sorted(set(batch_sizes))
     deadline = time.perf_counter() + seconds
@@ -229,6 +234,7 @@ class _Turn:
                     batch_size=self.batch,
                     image_size=self.sizes[name],
                     dtype=str(model_dtype(self.nets[name])).removeprefix("torch."),
+                    min_ms=min(seconds) * 1e3,
                     p50_ms=p50 * 1e3,
                     p95_ms=p95 * 1e3,
                     images_per_s=self.batch / p50,

@@ -33,7 +33,8 @@ class Picture:
 def style(index: int, scratch: bool = False) -> dict[str, Any]:
     """Colour, marker and line of a method: never the colour alone. The baseline from scratch is always grey."""
     if scratch:
-        return {"color": _SCRATCH, "marker": "o", "linestyle": "--"}
+        marker, line = "osD^vPX*"[index % 8], ("--", ":", "-.")[index % 3]
+        return {"color": _SCRATCH, "marker": marker, "linestyle": line}
     return {
         "color": PALETTE[index % len(PALETTE)],
         "marker": _MARKERS[(index + 1) % len(_MARKERS)],
@@ -52,7 +53,7 @@ def new_figure(width: float, height: float, columns: int = 1, **subplots: Any) -
             ax.spines[side].set_visible(False)
         for side in ("left", "bottom"):
             ax.spines[side].set_color(INK)
-        ax.tick_params(colors=INK, labelsize=9)
+        ax.tick_params(which="both", colors=INK, labelsize=9)
         ax.xaxis.label.set_color(INK)
         ax.yaxis.label.set_color(INK)
         ax.title.set_color(INK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,21 @@ __all__ = ["METRICS", "Difference", "Summary", "accuracy_table", "difference", "
 
 #: Metric → column title; all in [0, 1], shown in per cent except the CKA.
 METRICS = {"top1": "Top-1", "top5": "Top-5", "knn": "k-NN", "linear_probe": "Linear probe", "cka": "CKA to teacher"}
+
+#: What must be equal for a difference to tell something about the method.
+_SAME = tuple(
+    [
+        "data",
+        "val_data",
+        "val_fraction",
+        "labels_per_class",
+        "student_size",
+        "student_options",
+        "image_size",
+        "epochs",
+        "augment",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -81,8 +97,12 @@ def difference(group: Group, baseline: Group, metric: str = "top1") -> Differenc
 
 
 def baseline_of(group: Group, groups: Sequence[Group]) -> Group | None:
-    """The from-scratch group of the same student; None for itself, and if there is none or more than one."""
-    found = [g for g in groups if g.is_scratch and g.model_name == group.model_name]
+    """The group trained from scratch with the same student, data and epochs; None for itself, and unless there is exactly one."""
+
+    def setup(g: Group) -> str:
+        return json.dumps([g.model_name, *(g.runs[0].config.get(key) for key in _SAME)], default=str, sort_keys=True)
+
+    found = [g for g in groups if g.is_scratch and setup(g) == setup(group)]
     return found[0] if len(found) == 1 and found[0] is not group else None
 
 
