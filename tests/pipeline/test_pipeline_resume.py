@@ -97,8 +97,8 @@ def test_killed_and_continued_equals_unbroken(settings, unbroken, signal_number)
             process.send_signal(signal_number)
             kills += 1
         _, errors = process.communicate(timeout=60)
-        expected = 0 if signal_number == signal.SIGTERM else -signal.SIGKILL
-        assert process.returncode in (0, expected), errors
+        # SIGTERM within the loop ends with 0 once the state is saved; outside of it (imports, the last files) it just ends.
+        assert process.returncode in (0, -signal_number), errors
     assert kills >= 2
     finish(mine)
     a, b = (load_file(path / "student" / "model.safetensors") for path in (unbroken, out))

@@ -135,8 +135,8 @@ class TrainConfig(_DataConfig):
     """Epochs between validations; the last epoch is always validated."""
     log_every: int = 20
     """Steps between rows of metrics.jsonl."""
-    checkpoint_seconds: float = 60.0
-    """Seconds between resume files within an epoch; one is always written at its end."""
+    checkpoint_seconds: float = 30.0
+    """Seconds between resume files; the end of an epoch writes one after a tenth of that."""
     tensorboard: bool = False
     """Also write TensorBoard events to OUT/tensorboard."""
     progress: bool = True

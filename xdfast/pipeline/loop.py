@@ -148,7 +148,7 @@ def train(
                     if schedule is not None:
                         schedule.step_update(state.step)
                     last = state.batch >= loader.batches_per_epoch
-                    due = session.agree(state.step, last)
+                    due = not last and session.due(state.step)
                     if state.step % config.log_every == 0 or last or due:
                         row = running.mean()
                         _check_finite(row, state, rate, out)
@@ -164,7 +164,7 @@ def train(
                                 | {"lr": rate, "images_per_s": speed, "time": session.seconds}
                             )
                             running.reset()
-                    if due and not last:
+                    if due:
                         save()
                         session.stop_if_asked(out)
                 state.epoch, state.batch = state.epoch + 1, 0
@@ -180,7 +180,8 @@ def train(
                             "time": session.seconds,
                         }
                     )
-                save()
+                if session.due(state.step, epoch_ends=True) or state.epoch == config.epochs:
+                    save()
                 session.stop_if_asked(out)
         finally:
             journal.close()
@@ -316,7 +317,8 @@ class _Session:
         self._before, self._every = seconds_before, checkpoint_seconds
         self._began = self._saved_at = self._marked = time.monotonic()
         self._images = self._marked_images = 0
-        self._stop = False
+        self._stop = False  # asked of this process, at any moment
+        self._stopping = False  # agreed with the other ranks, and so preceded by a save
         self._signal = 0
 
     @property
@@ -332,19 +334,24 @@ class _Session:
     def saved(self) -> None:
         self._saved_at = time.monotonic()
 
-    def agree(self, step: int, last: bool) -> bool:
-        """Whether a resume file is due now; every rank gets the same answer (rank 0's clock, anyone's signal)."""
-        due = self._stop or time.monotonic() - self._saved_at >= self._every
+    def due(self, step: int, *, epoch_ends: bool = False) -> bool:
+        """Whether a resume file is due now; every rank gets the same answer (rank 0's clock, anyone's signal).
+
+        The end of an epoch is a good moment, so it comes early there, but not after every epoch of a fraction of a second.
+        """
+        patience = self._every / 10 if epoch_ends else self._every
+        due = time.monotonic() - self._saved_at >= patience
         if distributed.world_size() == 1:
-            return due
-        if last or step % 10:  # asking costs a message: every ten steps is often enough
+            self._stopping = self._stop
+            return due or self._stopping
+        if not epoch_ends and step % 10:  # asking costs a message: every ten steps is often enough
             return False
         votes = distributed.sum_over_ranks(
             [float(self._stop), float(due and distributed.is_main())],
             torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"),
         )
-        self._stop = votes[0] > 0
-        return votes[0] > 0 or votes[1] > 0
+        self._stopping = votes[0] > 0
+        return self._stopping or votes[1] > 0
 
     @contextlib.contextmanager
     def catch_termination(self) -> Iterator[None]:
@@ -368,7 +375,7 @@ class _Session:
                 signal.signal(number, handler)
 
     def stop_if_asked(self, out: Path) -> None:
-        if self._stop:
+        if self._stopping:
             log.warning("stopped; the state is saved in %s, the same command continues", out)
             if self._signal == signal.SIGINT:
                 raise KeyboardInterrupt
