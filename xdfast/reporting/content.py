@@ -19,7 +19,7 @@ from xdfast.reporting.groups import Group, finite
 from xdfast.reporting.memory import parameter_bytes
 from xdfast.reporting.records import ModelRecord
 from xdfast.reporting.speed import SpeedTable, device_name
-from xdfast.reporting.tables import accuracy_table, format_metric
+from xdfast.reporting.tables import accuracy_table, format_difference, format_metric
 
 __all__ = [
     "cost_table",
@@ -140,6 +140,12 @@ def headline(groups: Sequence[Group], cost: Sequence[dict[str, Any]], speed: Spe
             told.append(
                 f"That is {100 * gained['mean']:+.1f} points over training from scratch ({sure}).".replace("+-", "−")
             )
+    taught = [row for row in rated if row["method"] not in ("from scratch", "fine-tuned")]
+    if best is not None and taught and best not in taught:
+        second = max(taught, key=lambda row: row["metrics"]["top1"]["mean"])
+        text = f"No distilled student is above it: the best, {second['label']}, reaches {_percent(second['metrics']['top1'])} %"
+        points = second["to_scratch"]
+        told.append(text + (f", {format_difference(points)} points against training from scratch." if points else "."))
     teachers = [row for row in cost if row["role"] == "teacher"]
     students = [row for row in cost if row["role"] == "student"]
     if best is not None:
@@ -160,13 +166,18 @@ def _against(student: dict[str, Any], teacher: dict[str, Any], speed: SpeedTable
         parts.append(_ratio(b["macs"], a["macs"], "FLOPs", "counted"))
     text = f"Against the teacher {teacher['name']}, {student['name']} has {' and '.join(parts)}"
     timed = [r for r in student["measured"] if r["speedup"] is not None]
-    if timed and speed is not None and speed.baseline == teacher["name"]:
+    # An interval this wide says that the machine was busy, not how fast the student is; the table still has it.
+    sure = [r for r in timed if r["speedup_high"] <= 2 * r["speedup_low"]]
+    if sure and speed is not None and speed.baseline == teacher["name"]:
         pieces = [
             f"{r['speedup']:.2f}× ({r['speedup_low']:.2f} to {r['speedup_high']:.2f}) at batch {r['batch_size']}"
-            for r in timed
+            for r in sure
         ]
         text += f"; its measured speed on {speed.device_name} is {' and '.join(pieces)} that of the teacher"
     text += "."
+    if len(sure) < len(timed):
+        batches = " and ".join(str(r["batch_size"]) for r in timed if r not in sure)
+        text += f" Its speedup at batch {batches} was too uncertain to state; the table has the intervals."
     if teacher["top1"] is not None:
         text += f" The teacher's top-1 is {100 * teacher['top1']:.1f} %."
     return text

@@ -226,6 +226,7 @@ def _tradeoff(cost: Sequence[dict[str, Any]], speed: Any) -> Picture | None:
 
 def _render(data: dict[str, Any], pictures: dict[str, list[Picture]]) -> str:
     import jinja2
+    import markupsafe  # comes with jinja2
 
     source = resources.files("xdfast.reporting").joinpath("page.html.j2").read_text(encoding="utf-8")
     jinja = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -235,6 +236,7 @@ def _render(data: dict[str, Any], pictures: dict[str, list[Picture]]) -> str:
         bytes=_bytes,
         giga=lambda v: "–" if v is None else f"{v / 1e9:.3g}" if v >= 1e7 else f"{v / 1e9:.2g}",
         count=_count,
+        breaks=lambda v: markupsafe.Markup("_<wbr>").join(markupsafe.escape(v).split("_")),
         ms=lambda v: f"{v:.3g}" if v < 1000 else f"{v:,.0f}",
         shown=lambda v: "none" if v is None else v if isinstance(v, str) else json.dumps(v, ensure_ascii=False),
     )

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -166,9 +167,7 @@ def compare_speed(
             if chosen:
                 turn = _Turn({n: nets[n] for n in chosen}, sizes, batch, place, amp, min_time)
                 share = deadline - (len(batches) - i - 1) * max(limit, 0)
-                samples = turn.run(
-                    rounds, share, seed, lambda s, b=batch, i=i: tell(f"batch {b}", (i + s) / len(batches))
-                )
+                samples = turn.run(rounds, share, seed, partial(_tell, tell, f"batch {batch}", i, len(batches)))
                 per_image.update({n: float(np.median(v)) / batch for n, v in samples.items()})
                 table.rows += turn.rows(samples, baseline, seed)
         tell("done", 1.0)
@@ -178,6 +177,10 @@ def compare_speed(
         for mode in modes:
             mode.__exit__(None, None, None)
     return table
+
+
+def _tell(tell: Callable[[str, float], None], what: str, done: int, of: int, share: float) -> None:
+    tell(what, (done + share) / of)
 
 
 class _Turn:

@@ -20,18 +20,9 @@ __all__ = ["METRICS", "Difference", "Summary", "accuracy_table", "difference", "
 METRICS = {"top1": "Top-1", "top5": "Top-5", "knn": "k-NN", "linear_probe": "Linear probe", "cka": "CKA to teacher"}
 
 #: What must be equal for a difference to tell something about the method.
-_SAME = tuple(
-    [
-        "data",
-        "val_data",
-        "val_fraction",
-        "labels_per_class",
-        "student_size",
-        "student_options",
-        "image_size",
-        "epochs",
-        "augment",
-    ]
+_SAME = (
+    *("data", "val_data", "val_fraction", "labels_per_class", "augment"),
+    *("student_size", "student_options", "image_size", "epochs"),
 )
 
 
