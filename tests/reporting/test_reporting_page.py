@@ -41,7 +41,7 @@ def net(size=32, **settings) -> nn.Module:
 class Tags(HTMLParser):
     """Finds what is not closed, and what would be loaded."""
 
-    VOID = frozenset({"meta", "br", "link", "img"})
+    VOID = frozenset({"meta", "br", "link", "img", "wbr"})
 
     def __init__(self) -> None:
         super().__init__()

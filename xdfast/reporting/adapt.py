@@ -17,6 +17,7 @@ __all__ = [
     "example_images",
     "model_dtype",
     "network",
+    "out_of_memory",
     "own_image_size",
     "run_once",
 ]
@@ -97,6 +98,11 @@ def example_images(net: nn.Module, image_size: int, batch_size: int, device: tor
     return images.to(where, model_dtype(net))
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine ran out of memory (on the CPU, torch has no class of its own for it)."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards each sub-module is back in the mode it was in."""
@@ -119,6 +125,8 @@ def run_once(name: str, net: nn.Module, inputs: tuple[Any, ...], image_size: int
         with torch.no_grad():
             net(*inputs)
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        if out_of_memory(error):  # nothing is wrong with the size
+            raise
         if image_size is None:
             raise ValueError(f"{name} cannot run on the given inputs: {error}") from error
         raise ValueError(
