@@ -81,6 +81,18 @@ def test_what_does_not_fit_is_listed_not_hidden() -> None:
     assert told[-1] == 1.0 and told == sorted(told)
 
 
+def test_out_of_memory_is_listed_and_smaller_batches_stay() -> None:
+    class Greedy(nn.Module):
+        def forward(self, x):
+            if len(x) > 2:
+                raise torch.OutOfMemoryError("no more")
+            return x.mean((2, 3))
+
+    table = compare_speed({"g": Greedy()}, {"g": 8}, (2, 4, 8))
+    assert [row.batch_size for row in table.rows] == [2]
+    assert "g at batch 4: out of memory" in table.skipped[0] and "batch 8" in table.skipped[1]
+
+
 def test_the_ratio_is_of_medians_and_its_interval_contains_it() -> None:
     assert ratio_interval([4.0, 4.0, 4.0], [2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0)
     ratio, low, high = ratio_interval([4.0, 5.0, 3.0, 4.0, 100.0], [2.0, 2.5, 1.5, 2.0, 50.0])

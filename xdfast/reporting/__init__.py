@@ -9,7 +9,7 @@ from xdfast.reporting.flops import FlopCount, count_flops
 from xdfast.reporting.page import build_report
 from xdfast.reporting.records import ModelRecord, Report, RunRecord
 from xdfast.reporting.speed import SpeedTable, compare_speed
-from xdfast.reporting.tables import method_table, summarize
+from xdfast.reporting.tables import compare_to_scratch, method_table, summarize
 
 __all__ = [
     "FlopCount",
@@ -19,6 +19,7 @@ __all__ = [
     "SpeedTable",
     "build_report",
     "compare_speed",
+    "compare_to_scratch",
     "count_flops",
     "method_table",
     "summarize",

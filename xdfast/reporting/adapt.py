@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 __all__ = [
     "TensorsOut",
     "check_size",
+    "device_name",
     "eval_mode",
     "example_images",
     "model_dtype",
@@ -101,6 +104,18 @@ def example_images(net: nn.Module, image_size: int, batch_size: int, device: tor
 def out_of_memory(error: BaseException) -> bool:
     """Whether a device or the machine ran out of memory (on the CPU, torch has no class of its own for it)."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def device_name(place: torch.device) -> str:
+    """What a human calls the device: the GPU's or the processor's name."""
+    if place.type == "cuda":
+        return torch.cuda.get_device_name(place)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            named = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        named = []
+    return f"{named[0] if named else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 @contextmanager

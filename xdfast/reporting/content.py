@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from xdfast._version import __version__
+from xdfast.reporting.adapt import device_name
 from xdfast.reporting.flops import FlopCount, count_flops
 from xdfast.reporting.groups import Group, finite
 from xdfast.reporting.memory import parameter_bytes
 from xdfast.reporting.records import ModelRecord
-from xdfast.reporting.speed import SpeedTable, device_name
+from xdfast.reporting.speed import SpeedTable
 from xdfast.reporting.tables import accuracy_table, format_difference, format_metric
 
 __all__ = [

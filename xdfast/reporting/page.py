@@ -195,7 +195,7 @@ def _pictures(groups: Sequence[Group], cost: Sequence[dict[str, Any]], speed: An
         drawn: dict[str, list[Picture | None]] = {
             "accuracy": [plots.methods(groups)],
             "curves": [plots.curves(groups)],
-            "cost": [_tradeoff(cost, speed), _tradeoff(cost, None)],
+            "cost": [_tradeoff(cost, speed) if speed and speed["rows"] else None, _tradeoff(cost, None)],
             "confusion": [plots.confusion_matrix(best.confusion, best.classes, name) if best.confusion else None],
             "tsne": [_tsne(group) for group in groups[:_MOST_TSNE]],
         }
@@ -213,7 +213,7 @@ def _tsne(group: Group) -> Picture | None:
 
 def _tradeoff(cost: Sequence[dict[str, Any]], speed: Any) -> Picture | None:
     """Against measured latency if there is a measurement, else against counted MACs."""
-    if speed:
+    if speed and speed["rows"]:
         batch = min(row["batch_size"] for row in speed["rows"])
         x = {r["name"]: next((m["p50_ms"] for m in r["measured"] if m["batch_size"] == batch), None) for r in cost}
         label, name = f"latency, ms (measured, batch {batch}, p50)", "Accuracy and latency"

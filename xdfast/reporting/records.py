@@ -29,6 +29,7 @@ class RunRecord:
         model: the trained student, or None.
         model_name: its architecture.
         skipped: path → reason of images that could not be read.
+        steps: optimiser steps over all stages of its training, None if unknown; methods are compared at equal steps.
     """
 
     name: str
@@ -44,6 +45,7 @@ class RunRecord:
     model: nn.Module | None = None
     model_name: str = ""
     skipped: dict[str, str] = field(default_factory=dict)
+    steps: int | None = None
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xdfast.reporting.adapt import check_size, eval_mode, example_images, model_dtype, network, own_image_size, run_once
+from xdfast.reporting.adapt import (
+    check_size,
+    device_name,
+    eval_mode,
+    example_images,
+    model_dtype,
+    network,
+    out_of_memory,
+    own_image_size,
+    run_once,
+)
 from xdfast.reporting.memory import CPU_METHOD, CUDA_METHOD, activation_bytes, parameter_bytes
 
 __all__ = ["SpeedRow", "SpeedTable", "compare_speed", "ratio_interval"]
@@ -164,10 +173,17 @@ def compare_speed(
             tell(f"batch {batch}", i / len(batches))
             limit = (deadline - time.perf_counter()) / (len(batches) - i)
             chosen = _affordable(nets, batch, per_image, limit, table) if i else list(nets)
-            if chosen:
+            if not chosen:
+                continue
+            try:
                 turn = _Turn({n: nets[n] for n in chosen}, sizes, batch, place, amp, min_time)
                 share = deadline - (len(batches) - i - 1) * max(limit, 0)
                 samples = turn.run(rounds, share, seed, partial(_tell, tell, f"batch {batch}", i, len(batches)))
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                table.skipped.append(f"{', '.join(chosen)} at batch {batch}: out of memory on {table.device_name}")
+            else:
                 per_image.update({n: float(np.median(v)) / batch for n, v in samples.items()})
                 table.rows += turn.rows(samples, baseline, seed)
         tell("done", 1.0)
@@ -284,18 +300,6 @@ def ratio_interval(base: Sequence[float], other: Sequence[float], seed: int = 0)
     return float(center[0] / center[1]), float(low), float(high)
 
 
-def device_name(place: torch.device) -> str:
-    """What a human calls the device: the GPU's or the processor's name."""
-    if place.type == "cuda":
-        return torch.cuda.get_device_name(place)
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            named = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        named = []
-    return f"{named[0] if named else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
 def _affordable(
     nets: dict[str, nn.Module], batch: int, per_image: dict[str, float], limit: float, table: SpeedTable
 ) -> list[str]:
@@ -308,8 +312,9 @@ def _affordable(
             spent += need
             chosen.append(name)
         else:
+            why = f"about {need:.0f} s would be needed" if name in per_image else "a smaller batch was not measured"
             table.skipped.append(
-                f"{name} at batch {batch}: about {need:.0f} s would be needed, over the time limit; raise seconds"
+                f"{name} at batch {batch}: {why}, over the limit; raise seconds or use smaller batches"
             )
     return [name for name in nets if name in chosen]
 

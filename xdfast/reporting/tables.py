@@ -14,7 +14,16 @@ from xdfast.reporting.records import RunRecord
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["METRICS", "Difference", "Summary", "accuracy_table", "difference", "method_table", "summarize"]
+__all__ = [
+    "METRICS",
+    "Difference",
+    "Summary",
+    "accuracy_table",
+    "compare_to_scratch",
+    "difference",
+    "method_table",
+    "summarize",
+]
 
 #: Metric → column title; all in [0, 1], shown in per cent except the CKA.
 METRICS = {"top1": "Top-1", "top5": "Top-5", "knn": "k-NN", "linear_probe": "Linear probe", "cka": "CKA to teacher"}
@@ -22,7 +31,7 @@ METRICS = {"top1": "Top-1", "top5": "Top-5", "knn": "k-NN", "linear_probe": "Lin
 #: What must be equal for a difference to tell something about the method.
 _SAME = (
     *("data", "val_data", "val_fraction", "labels_per_class", "augment"),
-    *("student_size", "student_options", "image_size", "epochs"),
+    *("student_size", "student_options", "image_size"),
 )
 
 
@@ -88,10 +97,13 @@ def difference(group: Group, baseline: Group, metric: str = "top1") -> Differenc
 
 
 def baseline_of(group: Group, groups: Sequence[Group]) -> Group | None:
-    """The group trained from scratch with the same student, data and epochs; None for itself, and unless there is exactly one."""
+    """The group trained from scratch with the same student, data and steps; None for itself, and unless there is exactly one."""
 
     def setup(g: Group) -> str:
-        return json.dumps([g.model_name, *(g.runs[0].config.get(key) for key in _SAME)], default=str, sort_keys=True)
+        first = g.runs[0]
+        length = first.config.get("epochs") if first.steps is None else f"{first.steps} steps"
+        settings = [first.config.get(key) for key in _SAME]
+        return json.dumps([g.model_name, length, *settings], default=str, sort_keys=True)
 
     found = [g for g in groups if g.is_scratch and setup(g) == setup(group)]
     return found[0] if len(found) == 1 and found[0] is not group else None
@@ -116,6 +128,18 @@ def accuracy_table(groups: Sequence[Group]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def compare_to_scratch(records: Sequence[RunRecord], metric: str = "top1") -> dict[str, Difference]:
+    """Label of each method that has a baseline → its difference to training from scratch, in the metric's unit."""
+    groups, _ = group_runs(records)
+    found = {}
+    for group in groups:
+        base = baseline_of(group, groups)
+        told = None if base is None else difference(group, base, metric)
+        if told is not None:
+            found[group.label] = told
+    return found
 
 
 def method_table(records: Sequence[RunRecord]) -> Table:
