@@ -91,7 +91,10 @@ def test_the_whole_page(tmp_path) -> None:
         assert f'<section id="{section}">' in page and f'href="#{section}"' in page
     assert re.search(r"<h3>Counted</h3>.*<h3>Measured</h3>", page, re.DOTALL)
     teacher, student = report.data["cost"]
-    assert teacher["name"] == "test_resnet (teacher)" and len(student["measured"]) == 2
+    assert teacher["name"] == "test_resnet (teacher)"
+    # on a busy machine the second batch may be over the time limit; then it is said so
+    assert [row["batch_size"] for row in student["measured"]] in ([1, 2], [1])
+    assert len(student["measured"]) == 2 or any("batch 2" in remark for remark in report.data["remarks"])
     assert student["counted"]["flops"] == 2 * student["counted"]["macs"]
     assert student["measured"][0]["speedup"] is not None
     assert report.data["environment"]["torch threads"]

@@ -45,7 +45,7 @@ def test_rounds_interleave_and_all_models_run_equally_often() -> None:
 
 def test_facts_of_the_machine_and_the_wrapper() -> None:
     model = create_model("test_resnet", pretrained=False, image_size=32)
-    table = compare_speed({"net": model}, batch_sizes=(1, 2), rounds=3)
+    table = compare_speed({"net": model}, batch_sizes=(1, 2), rounds=3, seconds=1e4)
     assert [row.batch_size for row in table.rows] == [1, 2]
     assert table.rows[0].image_size == 32 and table.rows[0].dtype == "float32"
     assert table.rows[0].speedup is None
@@ -88,7 +88,7 @@ def test_out_of_memory_is_listed_and_smaller_batches_stay() -> None:
                 raise torch.OutOfMemoryError("no more")
             return x.mean((2, 3))
 
-    table = compare_speed({"g": Greedy()}, {"g": 8}, (2, 4, 8))
+    table = compare_speed({"g": Greedy()}, {"g": 8}, (2, 4, 8), rounds=3, seconds=1e4)
     assert [row.batch_size for row in table.rows] == [2]
     assert "g at batch 4: out of memory" in table.skipped[0] and "batch 8" in table.skipped[1]
 
