@@ -278,10 +278,11 @@ class _Turn:
             if self.place.type == "cuda":
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 torch.cuda.synchronize(self.place)
-                start.record()
+                stream = torch.cuda.current_stream(self.place)  # of this device, which may not be the current one
+                start.record(stream)
                 for _ in range(calls):
                     net(images)
-                end.record()
+                end.record(stream)
                 end.synchronize()
                 return start.elapsed_time(end) / 1e3 / calls
             began = time.perf_counter()
