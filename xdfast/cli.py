@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status. Errors a user can mend are one line, without a traceback."""
     args = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("timm").setLevel(logging.WARNING)  # it announces every file it loads
     verbose = "--traceback" in args
     args = [a for a in args if a != "--traceback"]
     if not args or args[0] in ("-h", "--help"):

@@ -32,7 +32,8 @@ def open_images(config: Any, data: Any = None, val_data: Any = None) -> Images:
     """Both splits from a config's ``data`` and ``val_data`` (or objects given in their place)."""
     data = config.data if data is None else data
     val_data = config.val_data if val_data is None else val_data
-    shared = {"seed": 0, "val_fraction": config.val_fraction}  # the split is the data's, not the run's: seeds share it
+    # The split is the data's, not the run's: seeds share it. Where validation images are given, none is split off.
+    shared = {"seed": 0, "val_fraction": config.val_fraction if val_data is None else None}
     train = open_source(data, split="train", labels_per_class=config.labels_per_class, **shared)
     val = open_source(data if val_data is None else val_data, split="val", **shared)
     if list(train.classes) != list(val.classes):
@@ -53,7 +54,8 @@ def view_size(config: TrainConfig, source: ImageSource, models: list[FeatureMode
         return config.image_size
     sizes = [model.image_size for model in models]
     size = max(min(max(sizes), source.short_side()), min(sizes))
-    log.info(
+    told = log.debug if size == sizes[0] == sizes[-1] else log.info
+    told(
         "views of %d px (models: %s px; images: about %d px)", size, ", ".join(map(str, sizes)), source.short_side()
     )
     return size

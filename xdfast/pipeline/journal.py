@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["Journal", "ProgressLine", "read_history"]
+__all__ = ["Journal", "ProgressLine", "clock", "read_history"]
 
 log = logging.getLogger("xdfast")
 
@@ -111,7 +111,7 @@ class ProgressLine:
             self._last = now
             done = max(step - self._start, 1)
             eta = (now - self._began) / done * (self._total - step)
-            print(f"{self._title}  {step}/{self._total}  {note}  ETA {_clock(eta)}", file=sys.stderr, flush=True)
+            print(f"{self._title}  {step}/{self._total}  {note}  ETA {clock(eta)}", file=sys.stderr, flush=True)
 
     def close(self, summary: str = "") -> None:
         """Ends the bar; ``summary`` is printed as a plain line."""
@@ -122,7 +122,8 @@ class ProgressLine:
             print(f"{self._title}  {summary}", file=sys.stderr, flush=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """``4:05`` or ``1:04:05``."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

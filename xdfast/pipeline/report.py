@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from xdfast.pipeline.folder import RunResult, load_run, model_source
 if TYPE_CHECKING:
     from xdfast.reporting import ModelRecord, Report, RunRecord
 
-__all__ = ["method_of", "report"]
+__all__ = ["method_of", "records_of", "report"]
 
 log = logging.getLogger("xdfast")
 
@@ -58,7 +58,7 @@ def report(
     if not listed:
         raise ValueError("report needs at least one finished run or its folder")
     found = [run if isinstance(run, RunResult) else load_run(run) for run in listed]
-    records = [_record(run) for run in found]
+    records = records_of(found)
     return build_report(
         records,
         [*_teachers(found), *_students(found, records)],
@@ -72,24 +72,44 @@ def report(
 
 
 def method_of(run: RunResult) -> str:
-    """What a run is called in tables: its losses, or "from scratch" or "fine-tuned"."""
+    """What a run is called in tables: its losses (and "→ fine-tuned" after them), or "from scratch" or "fine-tuned"."""
     if run.kind == "distill":
         return " + ".join(_NAMES.get(name, name) for name in str(run.config["loss"]).split("+"))
-    warm = run.config.get("student_pretrained") or _is_folder_or_file(str(run.config.get("model")))
+    first = _stage_before(run)
+    if first is not None:
+        return f"{method_of(first)} → fine-tuned"
+    spec = str(run.config.get("model"))
+    warm = run.config.get("student_pretrained") or "@" in spec or Path(spec).is_dir()
     return "fine-tuned" if warm else "from scratch"
 
 
-def _is_folder_or_file(spec: str) -> bool:
-    return "@" in spec or Path(spec).is_dir()
+def records_of(runs: Sequence[RunResult]) -> list[RunRecord]:
+    """What ``xdfast.reporting`` needs to know of each run; one that was not evaluated yet is evaluated first."""
+    return [_record(run) for run in runs]
+
+
+def _stage_before(run: RunResult) -> RunResult | None:
+    """The finished run whose student this one started from."""
+    spec = run.config.get("model") if run.kind == "finetune" else run.config.get("student")
+    if isinstance(spec, str) and (Path(spec) / "summary.json").is_file():
+        return load_run(spec)
+    return None
 
 
 def _record(run: RunResult) -> RunRecord:
     from xdfast.reporting import RunRecord
 
+    config, steps, spec = dict(run.config), run.metrics["steps"], run.config.get("teacher")
+    first = _stage_before(run)
+    while first is not None:  # the stage that made the network tells its options and the teacher
+        steps += first.metrics["steps"]
+        config |= {key: first.config[key] for key in ("student_options", "student_size")}
+        spec = spec or first.config.get("teacher")
+        first = _stage_before(first)
     evaluation = load_evaluation(run.path)
     if evaluation is None:
         log.info("%s was not evaluated yet; doing so now", run.path)
-        evaluation = evaluate(run, teacher=False if _is_object(run.config.get("teacher")) else None)
+        evaluation = evaluate(run, teacher=False if spec is None or _is_object(spec) else spec)
     return RunRecord(
         name=run.path.name,
         method=method_of(run),
@@ -100,10 +120,11 @@ def _record(run: RunResult) -> RunRecord:
         confusion=evaluation.confusion or None,
         classes=evaluation.classes,
         embedding=evaluation.embedding or None,
-        config=run.config,
+        config=config,
         model=run.student,
         model_name=run.student.name,
         skipped={**run.bad_images, **evaluation.skipped},
+        steps=int(steps),
     )
 
 
@@ -116,7 +137,7 @@ def _teachers(runs: list[RunResult]) -> list[ModelRecord]:
     from xdfast.reporting import ModelRecord
 
     models: dict[str, ModelRecord] = {}
-    for run in runs:
+    for run in _with_earlier_stages(runs):
         spec = run.config.get("teacher")
         if spec is None or spec in models:
             continue
@@ -134,6 +155,14 @@ def _teachers(runs: list[RunResult]) -> list[ModelRecord]:
         top1 = load_run(own).metrics.get("top1") if (own / "summary.json").is_file() else None
         models[spec] = ModelRecord(name=model.name, model=model, image_size=model.image_size, role="teacher", top1=top1)
     return list(models.values())
+
+
+def _with_earlier_stages(runs: list[RunResult]) -> Iterator[RunResult]:
+    for run in runs:
+        current: RunResult | None = run
+        while current is not None:
+            yield current
+            current = _stage_before(current)
 
 
 def _students(runs: list[RunResult], records: list[RunRecord]) -> list[ModelRecord]:

@@ -142,26 +142,33 @@ def compare_to_scratch(records: Sequence[RunRecord], metric: str = "top1") -> di
     return found
 
 
-def method_table(records: Sequence[RunRecord]) -> Table:
+def method_table(records: Sequence[RunRecord], metrics: Sequence[str] = tuple(METRICS)) -> Table:
     """The accuracy table for a terminal: mean ± half the 95 % interval over seeds; a single run has no interval.
 
+    Args:
+        records: runs; those that differ only in their seed make one row.
+        metrics: columns, of those the runs have: top1, top5, knn, linear_probe, cka.
+
     Raises:
-        ValueError: no records.
+        ValueError: no records, or an unknown metric.
     """
     from rich.markup import escape
     from rich.table import Table
 
     groups, _ = group_runs(records)
+    unknown = [metric for metric in metrics if metric not in METRICS]
+    if unknown:
+        raise ValueError(f"unknown metric {unknown[0]!r}; known: {', '.join(METRICS)}")
     rows = accuracy_table(groups)
-    shown = [metric for metric in METRICS if any(metric in row["metrics"] for row in rows)]
+    shown = [metric for metric in metrics if any(metric in row["metrics"] for row in rows)]
     table = Table(caption="mean ± half the 95 % t interval over seeds; n = 1 has none")
-    table.add_column("Method")
+    table.add_column("Method", no_wrap=True)
     table.add_column("n", justify="right")
     for metric in shown:
         table.add_column(METRICS[metric], justify="right")
     with_difference = any(row["to_scratch"] for row in rows)
     if with_difference:
-        table.add_column("Top-1 vs scratch", justify="right")
+        table.add_column("vs scratch", justify="right")
     for row in rows:
         cells = [format_metric(metric, row["metrics"].get(metric)) for metric in shown]
         extra = [format_difference(row["to_scratch"])] if with_difference else []
