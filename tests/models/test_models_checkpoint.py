@@ -54,7 +54,10 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path) -> None:
     path = tmp_path / "resume.pt"
     save_resume(path, {"step": 1})
     run = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(path), str(tmp_path / "student")], capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", FULL_DISK, str(path), str(tmp_path / "student")],
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()

@@ -177,7 +177,9 @@ def test_weights_from_a_file_of_either_kind(tmp_path) -> None:
 def test_dinov2_from_a_local_file_is_resampled_to_224(tmp_path) -> None:
     source = timm.create_model("vit_small_patch14_dinov2", depth=1)  # at its own 518 px
     save_file(source.state_dict(), tmp_path / "dinov2.safetensors")
-    model = create_model(f"vit_small_patch14_dinov2@{tmp_path / 'dinov2.safetensors'}", frozen=True, options={"depth": 1})
+    model = create_model(
+        f"vit_small_patch14_dinov2@{tmp_path / 'dinov2.safetensors'}", frozen=True, options={"depth": 1}
+    )
     assert model.image_size == 224
     assert model.net.pos_embed.shape[1] == 16 * 16 + (source.pos_embed.shape[1] - 37 * 37)
     assert torch.equal(model.net.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
@@ -227,7 +229,9 @@ def test_unknown_names_offer_the_nearest() -> None:
 def test_missing_weights_name_both_ways_out(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ConnectionError, match=r"vit_small_patch14_dinov2 could not be fetched.*hub.*vit_small_patch14_dinov2@/path"):
+    with pytest.raises(
+        ConnectionError, match=r"vit_small_patch14_dinov2 could not be fetched.*hub.*vit_small_patch14_dinov2@/path"
+    ):
         create_model("vit_small_patch14_dinov2", frozen=True)
     with pytest.raises(ValueError, match="none are published"):
         create_model("darknet17", pretrained=True)

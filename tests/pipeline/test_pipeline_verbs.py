@@ -105,6 +105,15 @@ def test_the_folder_of_another_config_is_refused_and_overwritten_on_request(stud
         xdfast.finetune("test_resnet", out=str(tmp_path / "file"), **settings)
 
 
+def test_a_run_that_started_from_other_weights_does_not_pass_for_this_one(tmp_path) -> None:
+    first = xdfast.finetune("test_resnet", out=str(tmp_path / "first"), **SMALL)
+    second = xdfast.finetune(first, out=str(tmp_path / "second"), **SMALL)
+    assert xdfast.finetune(first, out=str(tmp_path / "second"), **SMALL).metrics == second.metrics
+    xdfast.finetune("test_resnet", out=str(tmp_path / "first"), **{**SMALL, "seed": 1, "overwrite": True})
+    with pytest.raises(ValueError, match="other settings .weights: "):
+        xdfast.finetune(str(first.path), out=str(tmp_path / "second"), **SMALL)
+
+
 @pytest.mark.parametrize("loss", ["kd", "rsd-logits", "mse", "kd+rsd"])
 def test_other_losses(teacher, tmp_path, loss) -> None:
     run = xdfast.distill(

@@ -67,7 +67,9 @@ def load_resume(path: str | Path) -> dict[str, Any]:
         raise
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or ["it ends too early"])[0]
-        raise CheckpointError(f"{path} is damaged or not a resume file ({reason}); delete it to start the run again") from error
+        raise CheckpointError(
+            f"{path} is damaged or not a resume file ({reason}); delete it to start the run again"
+        ) from error
     if not isinstance(state, dict):
         raise CheckpointError(
             f"{path} is not a resume file (it holds a {type(state).__name__}); delete it to start the run again"

@@ -55,9 +55,7 @@ def view_size(config: TrainConfig, source: ImageSource, models: list[FeatureMode
     sizes = [model.image_size for model in models]
     size = max(min(max(sizes), source.short_side()), min(sizes))
     told = log.debug if size == sizes[0] == sizes[-1] else log.info
-    told(
-        "views of %d px (models: %s px; images: about %d px)", size, ", ".join(map(str, sizes)), source.short_side()
-    )
+    told("views of %d px (models: %s px; images: about %d px)", size, ", ".join(map(str, sizes)), source.short_side())
     return size
 
 

@@ -8,6 +8,7 @@ evaluation.json, embedding.npz          written by evaluate
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -74,6 +75,8 @@ class RunResult:
 def open_folder(config: TrainConfig, kind: str) -> tuple[Path, RunResult | None]:
     """Makes or re-opens ``config.out``; the second value is the finished run, if it is one.
 
+    A local model that has changed since is another setting: a run must not pass for one that started from it.
+
     Raises:
         ValueError: the folder holds a run with other settings; names them, with both values.
         NotADirectoryError: the path is a file.
@@ -82,7 +85,7 @@ def open_folder(config: TrainConfig, kind: str) -> tuple[Path, RunResult | None]
     out = Path(config.out).expanduser()
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"out must be a folder, but {out} is a file")
-    settings = {"kind": kind, **config.to_dict()}
+    settings = {"kind": kind, **config.to_dict(), "weights": _weights_of(config)}
 
     def prepare() -> None:
         try:
@@ -92,6 +95,7 @@ def open_folder(config: TrainConfig, kind: str) -> tuple[Path, RunResult | None]
         path = out / "config.yaml"
         if path.is_file():
             saved = load_yaml(path)
+            settings["weights"] = {**(saved.get("weights") or {}), **settings["weights"]}  # a source may be gone by now
             differing = [k for k in settings if k not in config.FREE and saved.get(k) != settings[k]]
             if differing and not config.overwrite:
                 facts = "; ".join(f"{k}: {saved.get(k)!r} there, {settings[k]!r} asked for" for k in differing)
@@ -110,6 +114,24 @@ def open_folder(config: TrainConfig, kind: str) -> tuple[Path, RunResult | None]
         prepare()
     distributed.barrier()
     return out, load_run(out) if (out / "summary.json").is_file() else None
+
+
+def _weights_of(config: TrainConfig) -> dict[str, str]:
+    """Setting → hash of the weights, for models that are local files; published weights never change."""
+    found = {}
+    for key in ("teacher", "student", "model"):
+        spec = getattr(config, key, None)
+        if not isinstance(spec, str):
+            continue
+        folder = Path(str(model_source(spec)) if not spec.startswith("object:") else spec)
+        file = folder / "model.safetensors" if folder.is_dir() else Path(spec.partition("@")[2]).expanduser()
+        if file.is_file():
+            digest = hashlib.sha256()
+            with open(file, "rb") as stream:
+                while chunk := stream.read(1 << 20):
+                    digest.update(chunk)
+            found[key] = digest.hexdigest()[:16]
+    return found
 
 
 def finish(out: Path, kind: str, config: TrainConfig, metrics: dict[str, float], bad: dict[str, str]) -> RunResult:
@@ -140,6 +162,7 @@ def load_run(path: str | Path) -> RunResult:
     config = load_yaml(path / "config.yaml")
     summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     kind = config.pop("kind", summary["kind"])
+    config.pop("weights", None)
     return RunResult(kind, path, config, summary["metrics"], summary["bad_images"])
 
 
