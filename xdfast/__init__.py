@@ -60,7 +60,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; nothing of it runs
     from xdfast.models import create_model
     from xdfast.nn.aad import AAD
     from xdfast.ops import backend, rsd_loss
-    from xdfast.pipeline import (
+    from xdfast.pipeline import (  # type: ignore[no-redef]  # mypy takes functions for modules of the same name
         DistillConfig,
         EvaluateConfig,
         FinetuneConfig,

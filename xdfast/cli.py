@@ -59,10 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     lines = "\n".join(f"  {name:9s} {text}" for name, text in _VERBS.items())
-    return f"usage: xdfast VERB [options]\n\n{lines}\n\n`xdfast VERB --help` lists the options; --traceback shows where an error arose."
+    hint = "`xdfast VERB --help` lists the options; --traceback shows where an error arose."
+    return f"usage: xdfast VERB [options]\n\n{lines}\n\n{hint}"
 
 
-def _parse(cls: type, args: list[str], verb: str) -> Any:
+def _parse(cls: Any, args: list[str], verb: str) -> Any:
     """A config from command-line options over the defaults of ``--recipe``."""
     import tyro
 

@@ -69,7 +69,8 @@ def device_for_rank(device: str) -> torch.device:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
-            f"device {device!r} was asked for but torch {torch.__version__} sees no CUDA device; use device='cpu' (`xdfast doctor` shows the devices)"
+            f"device {device!r} was asked for but torch {torch.__version__} sees no CUDA device; "
+            "use device='cpu' (`xdfast doctor` shows the devices)"
         )
     return torch.device(device)
 

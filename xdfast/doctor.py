@@ -157,7 +157,8 @@ def _driver() -> str | None:
         run = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return (run.stdout.strip().splitlines() or [None])[0] if run.returncode == 0 else None
+    lines = run.stdout.strip().splitlines()
+    return lines[0] if lines and run.returncode == 0 else None
 
 
 def _build_command() -> str:
@@ -175,8 +176,8 @@ def _extension(warnings: list[str]) -> dict[str, Any]:
     if record_file.is_file():
         try:
             build = json.loads(record_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            warnings.append(f"{record_file} cannot be read ({error}); reinstall xdfast")
+        except (OSError, ValueError) as unreadable:
+            warnings.append(f"{record_file} cannot be read ({unreadable}); reinstall xdfast")
     result: dict[str, Any] = {"loaded": False, "reason": "", "build": build, "how": _build_command(), "needs": []}
     if importlib.util.find_spec("setuptools") is None:
         result["needs"].append("setuptools>=77 in this environment: pip install 'setuptools>=77'")

@@ -86,7 +86,7 @@ class RSDLoss(DistillLoss):
             reduction=self.reduction,
             return_components=self.return_components,
         )
-        if self.return_components:
+        if isinstance(result, RSDComponents):
             return result._replace(loss=result.loss * self.weight)
         return result * self.weight if self.weight != 1 else result
 

@@ -224,7 +224,7 @@ def _sized(cfg: Any, name: str, image_size: int | None, options: dict[str, Any])
     return size, {**options, "img_size": size} if fixed else dict(options)
 
 
-def _build(spec: str, name: str, *, pretrained: bool, source: str, **arguments: Any) -> nn.Module:
+def _build(spec: str, name: str, *, pretrained: bool, source: str, **arguments: Any) -> Any:
     """timm.create_model, with its errors in the user's terms."""
     import timm
 

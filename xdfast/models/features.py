@@ -57,6 +57,12 @@ class FeatureModel(nn.Module):
         ValueError: a tap that does not exist (the nearest are named), or a module that does not give ``[B, C]``.
     """
 
+    net: Any  # an nn.Module; timm's methods on it are looked up at run time
+    num_classes: int
+    num_features: int
+    _mean: Tensor
+    _std: Tensor
+
     def __init__(
         self,
         net: nn.Module,
@@ -88,7 +94,7 @@ class FeatureModel(nn.Module):
         self._classifier_name: str | None = None
         if self._is_timm:
             self.num_classes = int(getattr(net, "num_classes", 0) or 0)
-            self.num_features = int(getattr(net, "head_hidden_size", None) or net.num_features)
+            self.num_features = int(getattr(net, "head_hidden_size", None) or self.net.num_features)
         else:
             self._inspect()
         if frozen:
@@ -187,7 +193,7 @@ class FeatureModel(nn.Module):
         if isinstance(classifier, nn.Linear) and classifier.in_features == features.shape[1]:
             return features, classifier(features)  # the same dropout mask in both
         logits = self.net.forward_head(spatial)
-        return features, sum(logits) / len(logits) if isinstance(logits, tuple) else logits
+        return features, torch.stack(logits).mean(0) if isinstance(logits, tuple) else logits
 
     def _run_any(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         output = self.net(x)

@@ -74,7 +74,8 @@ def state_dict_misfit(name: str, source: str, error: Exception) -> str:
     if sizes:
         key, there, here = sizes[0]
         parts.append(f"{len(sizes)} of another shape ({key}: {there} in the file, {here} in the model)")
-    return f"the weights in {source} do not fit {name}: {'; '.join(parts) or text.splitlines()[0]}. They belong to another architecture or other options"
+    facts = "; ".join(parts) or text.splitlines()[0]
+    return f"the weights in {source} do not fit {name}: {facts}. They belong to another architecture or other options"
 
 
 def fetch_failed(name: str, error: Exception) -> Exception:

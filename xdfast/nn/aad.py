@@ -49,7 +49,8 @@ class AAD(nn.Sequential):
             layers: list[nn.Module] = [nn.Linear(in_features, out_features, bias=False)]
         elif hidden < 1:
             raise ValueError(
-                f"expansion {expansion!r} leaves no hidden unit for in_features={in_features}; use 0 or more than {1 / in_features:g}"
+                f"expansion {expansion!r} leaves no hidden unit for in_features={in_features}; "
+                f"use 0 or more than {1 / in_features:g}"
             )
         else:
             layers = [

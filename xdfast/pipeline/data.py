@@ -33,7 +33,7 @@ def open_images(config: Any, data: Any = None, val_data: Any = None) -> Images:
     data = config.data if data is None else data
     val_data = config.val_data if val_data is None else val_data
     # The split is the data's, not the run's: seeds share it. Where validation images are given, none is split off.
-    shared = {"seed": 0, "val_fraction": config.val_fraction if val_data is None else None}
+    shared: dict[str, Any] = {"seed": 0, "val_fraction": config.val_fraction if val_data is None else None}
     train = open_source(data, split="train", labels_per_class=config.labels_per_class, **shared)
     val = open_source(data if val_data is None else val_data, split="val", **shared)
     if list(train.classes) != list(val.classes):

@@ -279,7 +279,8 @@ def _write(result: EvaluateResult, out: Path) -> None:
 
     def save(aside: Path) -> None:
         with open(aside, "wb") as file:
-            np.savez_compressed(file, **result.embedding)
+            arrays: dict[str, Any] = result.embedding
+            np.savez_compressed(file, **arrays)
 
     atomic_write(out / "embedding.npz", save)
 

@@ -38,7 +38,7 @@ RESUME_FILE = "resume.pt"
 class LoopResult:
     """What the loop hands back: the module to keep, final validation metrics, seconds trained over all sessions."""
 
-    module: nn.Module
+    module: Any
     metrics: dict[str, float]
     seconds: float
     step: int
@@ -213,7 +213,9 @@ def _update(
         if batch_augment is not None:
             images, targets = batch_augment(images, targets, torch.initial_seed())
         last = index == len(micro) - 1
-        hold = contextlib.nullcontext() if last or not hasattr(trained, "no_sync") else trained.no_sync()
+        hold: Any = contextlib.nullcontext()
+        if not last and isinstance(trained, nn.parallel.DistributedDataParallel):
+            hold = trained.no_sync()
         with hold, _autocast(config, device):
             terms = trained(images, targets, **task.teach(images))
             share = len(batch.ids) / total

@@ -37,9 +37,8 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optim
         extra = {"momentum": config.momentum} if "sgd" in name else {}
         return cls(groups, lr=config.lr, **extra)
     if name not in list_optimizers():
-        raise ValueError(
-            f"unknown optimizer {config.optimizer!r}.{nearest(name, list_optimizers())} `timm.optim.list_optimizers()` has all"
-        )
+        hint = nearest(name, map(str, list_optimizers()))
+        raise ValueError(f"unknown optimizer {config.optimizer!r}.{hint} `timm.optim.list_optimizers()` has all")
     kwargs: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
     if name in _FUSED:
         kwargs.update(fused=True, foreach=False)
@@ -53,7 +52,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, update
     if config.schedule == "constant" and config.warmup_epochs == 0:
         return None
     if config.schedule == "constant":
-        decay = {"sched": "step", "decay_epochs": config.epochs + 1, "decay_rate": 1.0}
+        decay: dict[str, Any] = {"sched": "step", "decay_epochs": config.epochs + 1, "decay_rate": 1.0}
     elif config.schedule == "step":
         decay = {"sched": "step", "decay_epochs": config.decay_epochs, "decay_rate": 0.1}
     else:

@@ -23,7 +23,7 @@ __all__ = ["as_spec", "make_student", "run_training", "settings_of"]
 log = logging.getLogger("xdfast")
 
 
-def settings_of(cls: type, config: Any, models: dict[str, Any], data: dict[str, Any], settings: dict[str, Any]) -> Any:
+def settings_of(cls: Any, config: Any, models: dict[str, Any], data: dict[str, Any], settings: dict[str, Any]) -> Any:
     """One config from either a config object or keyword arguments; objects are recorded by their class name."""
     import dataclasses
 

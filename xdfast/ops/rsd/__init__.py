@@ -101,5 +101,6 @@ def rsd_loss(
         )[:4]
     if reduction != "sum":
         scale = 1 / student.shape[1] if reduction == "feature" else 1 / student.shape[1] ** 2
-        parts = (*(part * scale for part in parts[:3]), parts[3])
+        loss, invariance, decorrelation, mean_diagonal = parts
+        parts = (loss * scale, invariance * scale, decorrelation * scale, mean_diagonal)
     return RSDComponents(*parts) if return_components else parts[0]

@@ -67,7 +67,7 @@ def rsd_forward(
     gram = (2 * n < d, n < d, 4 * n < 3 * d)[wanted]
 
     diagonal = torch.einsum("nd,nd->d", s, t) / n
-    u = v = None  # ∂‖P‖²/∂S · N²/2 and ∂‖P‖²/∂T · N²/2 [N, D]
+    u = v = s.new_empty(0)  # ∂‖P‖²/∂S · N²/2 and ∂‖P‖²/∂T · N²/2 [N, D], where wanted
     if gram:
         k_t = t @ t.T
         if wanted == 0:

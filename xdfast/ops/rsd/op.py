@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,10 +33,12 @@ def _fake(
     student: Tensor, teacher: Tensor, kappa: float, eps: float, need_student: bool, need_teacher: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     double = torch.float64 in (student.dtype, teacher.dtype)
-    scalars = [student.new_empty((), dtype=torch.float64 if double else torch.float32) for _ in range(4)]
+    loss, invariance, decorrelation, mean_diagonal = (
+        student.new_empty((), dtype=torch.float64 if double else torch.float32) for _ in range(4)
+    )
     grad_s = student.new_empty(student.shape if need_student else (0,))
     grad_t = teacher.new_empty(teacher.shape if need_teacher else (0,))
-    return (*scalars, grad_s, grad_t)
+    return loss, invariance, decorrelation, mean_diagonal, grad_s, grad_t
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -68,29 +71,22 @@ def _differentiable_gradients(ctx: Any, student: Tensor, teacher: Tensor) -> tup
     return grads.pop(0) if ctx.need_student else None, grads.pop(0) if ctx.need_teacher else None
 
 
-def reference_components(student: Tensor, teacher: Tensor, kappa: float, eps: float) -> tuple[Tensor, ...]:
+def reference_components(
+    student: Tensor, teacher: Tensor, kappa: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, invariance, decorrelation, mean diagonal) by the equation, half inputs in float32; plain autograd."""
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     invariance, decorrelation, mean_diagonal = rsd_loss_reference(student.to(dtype), teacher.to(dtype), eps)
     return invariance + kappa * decorrelation, invariance.detach(), decorrelation.detach(), mean_diagonal.detach()
 
 
-def _run_reference(
-    student: Tensor, teacher: Tensor, kappa: float, eps: float, need_student: bool, need_teacher: bool
-) -> tuple[Tensor, ...]:
+def _run_reference(*_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     raise RuntimeError("the reference backend is plain autograd and is called by rsd_loss() outside the op")
 
 
-def _run_torch(*args: Any) -> tuple[Tensor, ...]:
-    return rsd_forward(*args, standardize=standardize_torch)
-
-
-def _run_cpp(*args: Any) -> tuple[Tensor, ...]:
-    return rsd_forward(*args, standardize=native.standardize_cpp)
-
-
-def _run_triton(*args: Any) -> tuple[Tensor, ...]:
-    return rsd_forward(*args, standardize=native.standardize_triton)
+_run_torch = partial(rsd_forward, standardize=standardize_torch)
+_run_cpp = partial(rsd_forward, standardize=native.standardize_cpp)
+_run_triton = partial(rsd_forward, standardize=native.standardize_triton)
 
 
 register_table(
