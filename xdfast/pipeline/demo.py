@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xdfast.data import open_source
+from xdfast.errors import nearest
+from xdfast.losses import list_losses
 from xdfast.pipeline.config import _Config
 from xdfast.pipeline.distill import distill
 from xdfast.pipeline.evaluate import evaluate
@@ -73,6 +75,8 @@ class DemoConfig(_Config):
     """Steps on the labelled images afterwards; "from scratch" takes both numbers together."""
     teacher_steps: int = 1100
     """Steps of the teacher trained on the spot (of the classifier alone, a tenth of that, if the teacher is given)."""
+    measure_speed: bool = True
+    """Measure latency and images/s for the report (about 20 s)."""
     device: str = "auto"
     workers: int | str = "auto"
     progress: bool = True
@@ -90,6 +94,11 @@ class DemoConfig(_Config):
             raise ValueError("methods is empty; choose from scratch, kd, rsd, …")
         if len(set(self.methods)) != len(self.methods):
             raise ValueError(f"methods names one twice: {', '.join(self.methods)}")
+        for method in self.methods:
+            known = ["scratch", *list_losses()]
+            for name in method.split("+") if method != "scratch" else ():
+                if name not in known[1:]:
+                    raise ValueError(f"methods: unknown {name!r}; known: {', '.join(known)}.{nearest(name, known)}")
 
 
 @dataclass
@@ -236,7 +245,11 @@ def _conclude(config: DemoConfig, plan: _Plan, out: Path, teacher: str, runs: di
     records = records_of(every)
     verdict = _verdict(records)
     page = report(
-        every, out=out / "report.html", title="xdfast demo: few labels, one teacher", notes=[*notes, *verdict]
+        every,
+        out=out / "report.html",
+        title="xdfast demo: few labels, one teacher",
+        notes=[*notes, *verdict],
+        measure_speed=config.measure_speed,
     )
     if config.progress:
         console = Console()
