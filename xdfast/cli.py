@@ -121,24 +121,30 @@ def _finish(result: Any) -> None:
             print(f"written to {result.path}")
 
 
+@dataclasses.dataclass
+class _ReportOptions:
+    """One HTML page and a JSON from finished runs."""
+
+    runs: tuple[str, ...]
+    """Folders of finished runs."""
+    out: str = "report.html"
+    """The page; the JSON stands beside it."""
+    title: str = "Distillation report"
+    batch_sizes: tuple[int, ...] = (1, 32)
+    """Batch sizes at which latency and images/s are measured."""
+    device: str = "cpu"
+    """Where they are measured."""
+    measure_speed: bool = True
+    """Measure at all."""
+
+
 def _report(args: list[str]) -> None:
     import tyro
 
     from xdfast.pipeline import report
 
-    def run(
-        runs: tyro.conf.Positional[tuple[str, ...]], out: str = "report.html", batch_sizes: tuple[int, ...] = (1, 32)
-    ) -> Any:
-        """One HTML page and a JSON from finished runs.
-
-        Args:
-            runs: folders of finished runs.
-            out: the page; the JSON stands beside it.
-            batch_sizes: batch sizes at which latency is measured.
-        """
-        return report(list(runs), out=out, batch_sizes=batch_sizes)
-
-    result = tyro.cli(run, args=args, prog="xdfast report")
+    options = tyro.cli(_ReportOptions, args=args, prog="xdfast report", config=(tyro.conf.PositionalRequiredArgs,))
+    result = report(**vars(options))
     print(f"written to {result.path} and {result.json_path}")
 
 

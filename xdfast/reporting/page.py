@@ -174,6 +174,7 @@ def _run(record: RunRecord) -> dict[str, Any]:
         "name": record.name,
         "method": record.method,
         "seed": record.seed,
+        "steps": record.steps,
         "kind": record.kind,
         "model": record.model_name,
         "metrics": record.metrics,

@@ -1,0 +1,85 @@
+"""The command line: one line for an error a user can mend, the verbs end to end, recipes."""
+
+from __future__ import annotations
+
+import pytest
+
+from xdfast import __version__
+from xdfast.cli import main
+
+SMALL = [
+    "--data", "sklearn:digits", "--labels-per-class", "8", "--student-size", "32", "--epochs", "1", "--batch-size", "40",
+    "--augment", "none", "--optimizer", "adamw", "--lr", "1e-3", "--workers", "0", "--no-progress", "--device", "cpu",
+]  # fmt: skip
+
+
+def test_help_lists_every_verb(capsys) -> None:
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    for verb in ("distill", "finetune", "evaluate", "report", "demo", "recipes", "doctor"):
+        assert f"  {verb}" in text
+
+
+def test_version(capsys) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == __version__
+
+
+@pytest.mark.parametrize("verb", ["distill", "finetune", "evaluate", "demo"])
+def test_every_setting_is_an_option_with_its_docstring(verb, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "--batch-size" in text and "--workers" in text
+
+
+def test_unknown_verb_offers_the_nearest(capsys) -> None:
+    assert main(["distil"]) == 2
+    assert "Did you mean 'distill'" in capsys.readouterr().err
+
+
+def test_an_error_is_one_line_and_status_1(capsys, tmp_path) -> None:
+    assert main(["finetune", "--model", "resnet19", "--out", str(tmp_path / "x"), *SMALL]) == 1
+    text = capsys.readouterr().err
+    assert "unknown model 'resnet19'" in text and "Traceback" not in text
+    with pytest.raises(ValueError, match="unknown model"):
+        main(["finetune", "--model", "resnet19", "--out", str(tmp_path / "x"), "--traceback", *SMALL])
+
+
+def test_the_verbs_from_teacher_to_report(tmp_path, capsys) -> None:
+    teacher, student, page = (str(tmp_path / name) for name in ("teacher", "student", "page.html"))
+    assert main(["finetune", "--model", "test_vit", "--out", teacher, *SMALL]) == 0
+    assert main(["distill", "--teacher", teacher, "--student", "test_resnet", "--out", student, *SMALL]) == 0
+    assert main(["evaluate", "--model", student, "--knn", "5", "--no-progress"]) == 0
+    out = capsys.readouterr().out
+    assert "top1" in out and "cka" in out and student in out
+    assert main(["report", student, "--out", page, "--batch-sizes", "1"]) == 0
+    assert (tmp_path / "page.html").is_file() and (tmp_path / "page.json").is_file()
+
+
+def test_recipes_are_listed_and_set_defaults(tmp_path, capsys) -> None:
+    from xdfast.recipes import recipe_names
+
+    assert main(["recipes"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in recipe_names())
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("verb: finetune\nmodel: test_resnet\nepochs: 3\nlr: 0.5\n", encoding="utf-8")
+    # the command line wins over the recipe: one epoch, not three
+    assert main(["finetune", "--recipe", str(recipe), "--out", str(tmp_path / "run"), *SMALL]) == 0
+    saved = (tmp_path / "run" / "config.yaml").read_text()
+    assert "epochs: 1\n" in saved and "model: test_resnet" in saved
+    assert main(["distill", "--recipe", str(recipe), "--out", str(tmp_path / "run2"), *SMALL]) == 1
+    assert "is for `xdfast finetune`" in capsys.readouterr().err
+
+
+def test_a_recipe_that_is_not_there_offers_the_nearest(capsys, tmp_path) -> None:
+    assert main(["distill", "--recipe", "rsd-cifar-cn", "--out", str(tmp_path / "x"), *SMALL]) == 1
+    assert "rsd-cifar-cnn" in capsys.readouterr().err
+
+
+def test_doctor_runs(capsys) -> None:
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "torch" in text and "rsd_loss" in text
