@@ -6,6 +6,7 @@ result, in ``extra_info``.
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
@@ -54,4 +55,12 @@ def machine() -> dict[str, Any]:
     except (OSError, StopIteration):
         pass
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {"cpu": model, "threads": torch.get_num_threads(), "torch": torch.__version__, "cuda_device": device}
+    # With glibc's default, large temporaries are mapped and unmapped at each call; that slows whoever makes more of them.
+    malloc = {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")}
+    return {
+        "cpu": model,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda_device": device,
+        "malloc": malloc or "default",
+    }

@@ -21,7 +21,7 @@ FLAGS = [
 
 def xdfast_cli(processes: int, *arguments: str) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    code = ["--no-python", sys.executable, "-c", "import sys; from xdfast.cli import main; sys.exit(main())"]
+    code = ["-m", "xdfast"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     run = subprocess.run([*torchrun, *code, *arguments], env=env, capture_output=True, text=True, timeout=110)
     assert run.returncode == 0, run.stdout + run.stderr

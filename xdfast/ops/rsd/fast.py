@@ -66,7 +66,7 @@ def rsd_forward(
     # FLOPs of the Gram form against the covariance form; see the module docstring.
     gram = (2 * n < d, n < d, 4 * n < 3 * d)[wanted]
 
-    diagonal = torch.einsum("nd,nd->d", s, t) / n
+    diagonal = _column_dots(s, t) / n
     u = v = s.new_empty(0)  # ∂‖P‖²/∂S · N²/2 and ∂‖P‖²/∂T · N²/2 [N, D], where wanted
     if gram:
         k_t = t @ t.T
@@ -105,6 +105,11 @@ def _total(x: Tensor, u: Tensor) -> Tensor:
     return torch.dot(x.reshape(-1), u.reshape(-1))
 
 
+def _column_dots(x: Tensor, y: Tensor) -> Tensor:
+    """Σₙ x[n, d] · y[n, d]. Not by einsum: that is D tiny matrix products, 50 to 100 times slower on a CPU from N = 512."""
+    return (x * y).sum(0)
+
+
 def _input_gradient(
     u: Tensor,  # [N, D]; overwritten
     other: Tensor,  # [N, D] standardised other side
@@ -116,5 +121,5 @@ def _input_gradient(
 ) -> Tensor:
     n = own.shape[0]
     g = u.mul_(2 * kappa / n**2).addcmul_(other, weight)
-    slope = torch.einsum("nd,nd->d", g, own) / n * ratio
+    slope = _column_dots(g, own) / n * ratio
     return g.addcmul_(own, slope, value=-1).mul_(inv)
