@@ -66,6 +66,14 @@ def test_page_and_json(runs, tmp_path) -> None:
     assert [row["method"] for row in data["accuracy"]] == ["RSD + KD → fine-tuned", "from scratch"]
 
 
+def test_the_accuracy_of_an_architecture_is_a_mean_over_seeds_not_the_luckiest_run(runs, tmp_path) -> None:
+    again = xdfast.finetune("test_resnet", out=str(tmp_path / "s1"), **{**SMALL, "seed": 1})
+    page = xdfast.report([runs["scratch"], again], out=tmp_path / "r.html", measure_speed=False)
+    mean = (runs["scratch"].metrics["top1"] + again.metrics["top1"]) / 2
+    (student,) = (row for row in page.data["cost"] if row["role"] == "student")
+    assert student["top1"] == pytest.approx(mean, abs=1e-6)  # training and evaluation count in different precision
+
+
 def test_no_runs_or_no_run_there(tmp_path) -> None:
     with pytest.raises(ValueError, match="at least one finished run"):
         xdfast.report([])

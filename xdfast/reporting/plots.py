@@ -110,6 +110,7 @@ def methods(groups: Sequence[Group], metric: str = "top1", title: str = "Top-1 b
     low = max(min(ends) - pad, min(values) - span, -2)
     high = min(max(ends) + pad, max(values) + span, 102)
     ax.set_xlim(low, high)
+    ax.set_xticks([tick for tick in ax.get_xticks() if max(low, 0) <= tick <= min(high, 100)])
     cut = min(ends) < low or max(ends) > high
     alt = "; ".join(f"{g.label} {_in_words(metric, s)}" for g, s in shown)
     caption = "Large marks: mean with its 95 % t interval over seeds. Small marks: single seeds. " + (

@@ -57,7 +57,7 @@ class ModelRecord:
         model: the module; a wrapper with ``.net`` and ``.prepare`` is measured without its preparation of images.
         image_size: side of its square input in pixels.
         role: "teacher" or "student".
-        top1: its best top-1 accuracy in [0, 1], None if unknown.
+        top1: its top-1 accuracy in [0, 1] (of the best method, a mean over seeds), None if unknown.
     """
 
     name: str
