@@ -6,6 +6,7 @@ tile) and exits with 1 if anything spills.
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -98,7 +99,10 @@ def _assemble(ptx: str, arch: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx)
-        command = [nvidia.get_ptxas(arch).path, "-v", f"--gpu-name={target}", str(path), "-o", str(path) + ".cubin"]
+        ptxas = (
+            nvidia.get_ptxas(arch) if inspect.signature(nvidia.get_ptxas).parameters else nvidia.get_ptxas()
+        )  # < 3.6
+        command = [ptxas.path, "-v", f"--gpu-name={target}", str(path), "-o", str(path) + ".cubin"]
         run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"ptxas failed for {target}: {run.stderr.strip()[-500:]}")

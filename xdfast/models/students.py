@@ -96,13 +96,22 @@ def _config(model: FeatureModel, classes: list[str] | None, extra: dict[str, Any
 
 
 def _rebuilds(architecture: str, net: nn.Module, options: dict[str, Any]) -> bool:
-    """Whether ``timm.create_model(architecture, **options)`` has the same parameters; asked on the meta device, for free."""
+    """Whether ``timm.create_model(architecture, **options)`` has the same parameters.
+
+    Asked on the meta device, for free; some models of older timm read values while they are built and need a real one.
+    """
     import timm
+
+    def build(device: str) -> nn.Module:
+        with torch.device(device), torch.random.fork_rng(devices=[]):
+            return timm.create_model(architecture, num_classes=getattr(net, "num_classes", 0), **options)
 
     try:
         json.dumps(options)
-        with torch.device("meta"):
-            twin = timm.create_model(architecture, num_classes=getattr(net, "num_classes", 0), **options)
+        try:
+            twin = build("meta")
+        except RuntimeError:
+            twin = build("cpu")
     except (RuntimeError, TypeError, ValueError, AssertionError):
         return False
     return {k: v.shape for k, v in twin.state_dict().items()} == {k: v.shape for k, v in net.state_dict().items()}

@@ -30,7 +30,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
     try:
-        state: Any = load_state_dict(str(path), use_ema=True)
+        # weights_only: a pickle must not run code, whatever the default
+        state: Any = load_state_dict(str(path), use_ema=True, weights_only=True)
     except (
         OSError,
         RuntimeError,

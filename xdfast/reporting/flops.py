@@ -184,11 +184,26 @@ def _torch(net: nn.Module, inputs: tuple[Any, ...]) -> int:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_missing_formulas()) as counter:
             net(*inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops())
+
+
+def _missing_formulas() -> dict[Any, Any]:
+    """The CPU's fused attention, which torch's counter knows only from 2.10 on."""
+    from torch.utils.flop_counter import flop_registry
+
+    op = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    if op is None or op in flop_registry:
+        return {}
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        batch, heads, queries, width = query  # keys and values may have fewer heads, shared by groups of queries
+        return 2 * batch * heads * queries * key[-2] * (width + value[-1])
+
+    return {op: attention}
 
 
 def _rows(net: nn.Module, macs: dict[str, int], top: int) -> tuple[ModuleCost, ...]:
