@@ -6,14 +6,13 @@ import os
 
 import pytest
 
-import xdfast.kernels
+from xdfast.kernels import configs
 
-if not xdfast.kernels.HAS_TRITON:
-    pytest.skip(xdfast.kernels.WHY_NOT, allow_module_level=True)
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("TRITON_INTERPRET=1 replaces the compiler by the interpreter", allow_module_level=True)
-
-from xdfast.kernels import aot, configs
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 replaces the compiler by the interpreter"
+)
+pytest.importorskip("triton")
+aot = pytest.importorskip("xdfast.kernels.aot")
 
 
 def _check(compiled: aot.Compiled) -> None:

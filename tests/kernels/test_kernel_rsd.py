@@ -16,8 +16,7 @@ import torch
 
 import xdfast.kernels
 
-if not xdfast.kernels.HAS_TRITON:
-    pytest.skip(xdfast.kernels.WHY_NOT, allow_module_level=True)
+pytestmark = pytest.mark.skipif(not xdfast.kernels.HAS_TRITON, reason=xdfast.kernels.WHY_NOT or "-")
 
 EPS = 1e-5
 

@@ -97,9 +97,8 @@ class _DiskTree(Tree):
                         continue
                     if _is_dir(entry):
                         folders.append(entry.name)
-                    elif (
-                        entry.is_symlink() or entry.is_file()
-                    ):  # a broken link is reported when read; a pipe would block
+                    # A broken link is reported when it is read; a pipe would block for ever.
+                    elif entry.is_symlink() or entry.is_file():
                         files.append(entry.name)
         except PermissionError as error:
             raise PermissionError(
