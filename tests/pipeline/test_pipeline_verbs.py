@@ -254,3 +254,14 @@ def test_unknown_optimizer_offers_the_nearest(tmp_path) -> None:
 def test_apex_is_required_not_replaced(tmp_path) -> None:
     with pytest.raises(ImportError, match="apex"):
         xdfast.finetune("test_resnet", out=str(tmp_path / "x"), **{**SMALL, "optimizer": "apex-fusedlamb"})
+
+
+def test_tensorboard_on_request(tmp_path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = xdfast.finetune("test_resnet", out=str(tmp_path / "run"), **{**SMALL, "tensorboard": True})
+    events = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    *_, point = events.Scalars("val/top1")  # one an epoch
+    assert point.value == pytest.approx(run.metrics["top1"]) and point.step == run.metrics["steps"]
+    assert "train/loss" in events.Tags()["scalars"]
+    assert not (xdfast.finetune("test_resnet", out=str(tmp_path / "quiet"), **SMALL).path / "tensorboard").exists()
