@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,13 +14,10 @@ __all__ = [
     "device_for_rank",
     "init",
     "is_main",
-    "main_first",
     "rank",
     "sum_over_ranks",
     "world_size",
 ]
-
-T = TypeVar("T")
 
 
 def init() -> None:
@@ -73,16 +69,6 @@ def device_for_rank(device: str) -> torch.device:
             "use device='cpu' (`xdfast doctor` shows the devices)"
         )
     return torch.device(device)
-
-
-def main_first(function: Callable[[], T]) -> T:
-    """Runs ``function`` on rank 0, then on the others: for work that leaves a file the others read."""
-    if is_main():
-        result = function()
-        barrier()
-        return result
-    barrier()
-    return function()
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
