@@ -25,8 +25,14 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ["csrc/ops.cpp", "csrc/cpu/rsd.cpp"]
-HEADERS = ["csrc/checks.h"]
+SOURCES = ["csrc/ops.cpp", "csrc/cpu/gemm.cpp", "csrc/cpu/passes.cpp", "csrc/cpu/rsd.cpp"]
+HEADERS = [
+    "csrc/checks.h",
+    "csrc/cpu/gemm.h",
+    "csrc/cpu/passes.h",
+    "csrc/cpu/standardize.h",
+    "csrc/cpu/vector.h",
+]
 INFO_NAME = "_build_info.json"
 HOW_TO_BUILD = "pip install --no-build-isolation --no-deps --force-reinstall ."
 

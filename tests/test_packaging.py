@@ -184,7 +184,7 @@ def test_build_with_the_extension(source, tmp_path):
     install(archive, target)
     code = (
         "import torch, xdfast, xdfast._C; assert xdfast._C.__file__.startswith(r'%s'), xdfast._C.__file__; "
-        "print(torch.ops.xdfast_c.rsd_standardize(torch.randn(4, 3), 1e-5)[0].shape)"
+        "print(torch.ops.xdfast_c.rsd_prepare(torch.randn(4, 3), 1e-5, False, False)[0].shape)"
     )
     result = built(run(sys.executable, "-c", code % target, cwd=tmp_path, PYTHONPATH=str(target)))
     assert "[4, 3]" in result.stdout

@@ -13,12 +13,14 @@ from xdfast._version import __version__
 _PUBLIC = {
     # drop-in pieces
     "RSDLoss": "xdfast.losses.rsd",
+    "BarlowTwinsLoss": "xdfast.losses.barlow_twins",
     "KDLoss": "xdfast.losses.kd",
     "FeatureMSELoss": "xdfast.losses.feature",
     "AAD": "xdfast.nn.aad",
     "create_loss": "xdfast.losses",
     "list_losses": "xdfast.losses",
     "rsd_loss": "xdfast.ops",
+    "prepare_teacher": "xdfast.ops",
     "backend": "xdfast.ops",
     # models
     "create_model": "xdfast.models",
@@ -34,6 +36,7 @@ _PUBLIC = {
 
 __all__ = [
     "AAD",
+    "BarlowTwinsLoss",
     "DistillConfig",
     "EvaluateConfig",
     "FeatureMSELoss",
@@ -48,18 +51,20 @@ __all__ = [
     "evaluate",
     "finetune",
     "list_losses",
+    "prepare_teacher",
     "report",
     "rsd_loss",
 ]
 
 if TYPE_CHECKING:  # what type checkers and editors see; nothing of it runs
     from xdfast.losses import create_loss, list_losses
+    from xdfast.losses.barlow_twins import BarlowTwinsLoss
     from xdfast.losses.feature import FeatureMSELoss
     from xdfast.losses.kd import KDLoss
     from xdfast.losses.rsd import RSDLoss
     from xdfast.models import create_model
     from xdfast.nn.aad import AAD
-    from xdfast.ops import backend, rsd_loss
+    from xdfast.ops import backend, prepare_teacher, rsd_loss
     from xdfast.pipeline import (  # type: ignore[no-redef]  # mypy takes functions for modules of the same name
         DistillConfig,
         EvaluateConfig,

@@ -1,324 +1,491 @@
-// Column standardisation of a matrix: the pre-pass of the RSD loss, fused into one visit per column block.
+// Cross-correlation loss and gradients (RSD, Barlow Twins) on the CPU: every step around the matrix products fused into
+// passes over column blocks, the products by the best GEMM at hand. The algebra is in xdfast/ops/rsd/fast.py.
 //
-//   z[n, d] = (x[n, d] - mean_d) / (std_d + eps)
-//   inv_d   = 1 / (std_d + eps),   ratio_d = (std_d + eps) / std_d, 0 where std_d = 0
+//   1. Columns of both inputs standardised, with p_j = <S_j, T_j> / N; float32, or also bfloat16 as the products want it.
+//   2. N < D:  K = T T^T, its lower triangle, by strips of rows (and parts of D when there are more threads than strips).
+//      N >= D: P = T^T S / N by tiles, with its squares summed while the tile is in cache.
+//   3. N < D:  U = K S by column blocks, f_j = <S_j, U_j> / N^2.    N >= D: U / N = T P by blocks, f_j known from step 2.
+//      Then in the same block the gradient  inv_j (2 kappa / N^2 U + c_j T - ratio_j g_j S),
+//      c_j = 2/N (p_j - 1 - kappa p_j),  g_j = 2 kappa f_j / N + c_j p_j, times `scale`.
 //
-// Precision. Sums run in fp32 over at most kChunk rows and in fp64 above that, so the error does not grow with N. The
-// mean is kept as hi + lo (fp32 mean of x, then the mean of x - hi) and x is centred as (x - hi) - lo: with column
-// means of 1e5 standard deviations a single fp32 mean loses three digits of the gradient, the pair loses none.
-// NaN and Inf stay in their own column: no operation mixes columns.
-//
-// Instruction sets. The kernel is written once with GCC/Clang vector types and compiled for several targets by function
-// attributes; ATen's detection chooses at run time (ATEN_CPU_CAPABILITY overrides it). A wheel runs on any x86-64.
+// Memory: O(N D), whichever of N and D is larger. One workspace; nothing is kept between calls, so calls from several
+// Python threads do not meet.
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "../checks.h"
+#include "gemm.h"
+#include "passes.h"
 
-#define XD_INLINE inline __attribute__((always_inline))
-
+namespace xdfast {
 namespace {
 
-constexpr int kVectors = 4;             // vectors of columns handled together: 4 independent accumulation chains
-constexpr int64_t kChunk = 64;          // rows summed in fp32 before the sum is moved to fp64
-constexpr int64_t kBufferBytes = 512 << 10;  // of the fp32 copy of a panel: half of a usual L2 cache
-constexpr int64_t kPanelColumns = 128;  // 512 bytes of a row of z are written at a time
-constexpr int64_t kStrip = 8;  // rows normalised with one load of a block's constants
-constexpr int64_t kSerialElements = 32768;  // below this the work is done before a second thread has woken up
+constexpr int64_t kSerialWork = 1 << 18;      // multiply-adds below which a second thread wakes up too late
+constexpr int64_t kBlockBytes = 512 << 10;    // of a thread's [N, w] block: half of a usual L2 cache
+constexpr int64_t kBlockColumns = 256;        // widest block
+constexpr int64_t kTileRows = 128;            // rows of a tile of P
+constexpr int64_t kStripRows = 256;           // rows of a block of the gradient for N >= D
 
-// W lanes. Loads and stores go through the unaligned, alias-anything twins: std::memcpy of a vector compiles to 16-byte
-// pieces outside AVX-512, and the reload then stalls on store forwarding (measured: AVX2 four times slower).
-template <int W>
-struct Vector {
-  typedef float F __attribute__((vector_size(W * 4)));
-  typedef uint32_t U __attribute__((vector_size(W * 4)));
-  typedef float FAny __attribute__((vector_size(W * 4), aligned(4), may_alias));
-  typedef uint16_t HAny __attribute__((vector_size(W * 2), aligned(2), may_alias));
-};
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-template <int W>
-XD_INLINE void load(const float* p, typename Vector<W>::F& out) {
-  out = *reinterpret_cast<const typename Vector<W>::FAny*>(p);
-}
+// Takes slices of one allocation; with no base it only counts.
+struct Arena {
+  char* base = nullptr;
+  int64_t used = 0;
 
-template <int W>
-XD_INLINE void store(float* p, const typename Vector<W>::F& value) {
-  *reinterpret_cast<typename Vector<W>::FAny*>(p) = value;
-}
-
-template <int W>
-XD_INLINE void load(const at::BFloat16* p, typename Vector<W>::F& out) {
-  using U = typename Vector<W>::U;
-  out = (typename Vector<W>::F)(
-      __builtin_convertvector(*reinterpret_cast<const typename Vector<W>::HAny*>(p), U) << 16);
-}
-
-// IEEE half to float in integer arithmetic, so that it vectorises on every target: shift exponent and mantissa into
-// place, multiply by 2^112 to correct the exponent bias (exact, subnormals included), restore Inf/NaN and the sign.
-template <int W>
-XD_INLINE void load(const at::Half* p, typename Vector<W>::F& out) {
-  using F = typename Vector<W>::F;
-  using U = typename Vector<W>::U;
-  const U wide = __builtin_convertvector(*reinterpret_cast<const typename Vector<W>::HAny*>(p), U);
-  const U magnitude = (wide & 0x7fffu) << 13;
-  U bits = (U)((F)magnitude * 0x1p112f);
-  bits |= (U)(magnitude >= 0x0f800000u) & 0x7f800000u;  // a vector comparison gives all ones where true
-  bits |= (wide & 0x8000u) << 16;
-  out = (F)bits;
-}
-
-// Rows of one column block, from x itself. A partial block (fewer than `width` columns left) is padded with zeros.
-template <typename T, int W, bool Partial>
-struct Rows {
-  const T* base;
-  int64_t stride;
-  int64_t columns;  // valid columns, used if Partial
-
-  XD_INLINE void get(int64_t n, typename Vector<W>::F (&out)[kVectors]) const {
-    const T* row = base + n * stride;
-    T padded[kVectors * W];
-    if (Partial) {
-      std::memset(static_cast<void*>(padded), 0, sizeof(padded));
-      std::memcpy(static_cast<void*>(padded), row, columns * sizeof(T));
-      row = padded;
-    }
-    for (int v = 0; v < kVectors; ++v) load<W>(row + v * W, out[v]);
+  template <typename T>
+  T* take(int64_t count) {
+    char* p = base ? base + used : nullptr;
+    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return reinterpret_cast<T*>(p);
   }
 };
 
-template <int W>
-XD_INLINE void flush(typename Vector<W>::F (&sum)[kVectors], double* total) {
-  float lanes[kVectors * W];
-  for (int v = 0; v < kVectors; ++v) store<W>(lanes + v * W, sum[v]);
-  for (int j = 0; j < kVectors * W; ++j) total[j] += static_cast<double>(lanes[j]);
-  for (int v = 0; v < kVectors; ++v) sum[v] = typename Vector<W>::F{};
-}
+// Ranges of a given step over [0, size) such that every thread gets the same number of them, none wider than `widest`.
+struct Blocks {
+  int64_t size, width, count;
 
-// What pass 3 needs of one column block.
-template <int W>
-struct Statistics {
-  static constexpr int C = kVectors * W;
-  float hi[C], lo[C], inv[C], ratio[C];
+  Blocks(int64_t size, int64_t widest, int64_t step, int64_t threads) : size(size) {
+    const int64_t rounds = std::max<int64_t>(1, (size + widest * threads - 1) / (widest * threads));
+    width = std::max(step, round_up((size + rounds * threads - 1) / (rounds * threads), step));
+    count = (size + width - 1) / width;
+  }
+  int64_t begin(int64_t i) const { return i * width; }
+  int64_t length(int64_t i) const { return std::min(width, size - i * width); }
 };
 
-// Passes 1 and 2 over one block of C = kVectors * W columns; all sums stay in registers. buffer: [N, C] for the rows as
-// float32, or unused (then x is read again).
-template <typename T, int W, bool Partial, bool Buffered>
-XD_INLINE void column_statistics(
-    const Rows<T, W, Partial>& rows, int64_t N, double eps, float* buffer, Statistics<W>& out) {
-  using F = typename Vector<W>::F;
-  constexpr int C = Statistics<W>::C;
-  const Rows<float, W, false> buffered{buffer, C, C};
-  const double count = static_cast<double>(N);
-  double total[C] = {}, squares[C] = {};
-  F sum[kVectors] = {}, square[kVectors] = {}, row[kVectors], hi[kVectors];
-
-  // 1. hi = fp32 mean of x
-  for (int64_t n0 = 0; n0 < N; n0 += kChunk) {
-    const int64_t n1 = std::min(N, n0 + kChunk);
-    for (int64_t n = n0; n < n1; ++n) {
-      rows.get(n, row);
-      for (int v = 0; v < kVectors; ++v) {
-        sum[v] += row[v];
-        if (Buffered) store<W>(buffer + n * C + v * W, row[v]);
-      }
-    }
-    flush<W>(sum, total);
-  }
-  for (int j = 0; j < C; ++j) out.hi[j] = static_cast<float>(total[j] / count);
-  for (int v = 0; v < kVectors; ++v) load<W>(out.hi + v * W, hi[v]);
-
-  // 2. lo = mean of x - hi; biased variance around hi + lo
-  std::memset(total, 0, sizeof(total));
-  for (int64_t n0 = 0; n0 < N; n0 += kChunk) {
-    const int64_t n1 = std::min(N, n0 + kChunk);
-    for (int64_t n = n0; n < n1; ++n) {
-      if (Buffered) {
-        buffered.get(n, row);
-      } else {
-        rows.get(n, row);
-      }
-      for (int v = 0; v < kVectors; ++v) {
-        const F centred = row[v] - hi[v];
-        sum[v] += centred;
-        square[v] += centred * centred;
-      }
-    }
-    flush<W>(sum, total);
-    flush<W>(square, squares);
-  }
-  for (int j = 0; j < C; ++j) {
-    // Divided, not multiplied by 1/N: in a constant column x - hi is the same small number in every row, its sums are
-    // exact, and only an exact quotient makes the variance exactly 0 (and so the ratio 0, not 1e10).
-    const double mean_lo = total[j] / count;
-    double variance = squares[j] / count - mean_lo * mean_lo;
-    if (variance < 0.0) variance = 0.0;  // rounding; a NaN is kept, the comparison is false
-    const double std_ = std::sqrt(variance);
-    out.lo[j] = static_cast<float>(mean_lo);
-    out.inv[j] = static_cast<float>(1.0 / (std_ + eps));
-    out.ratio[j] = std_ == 0.0 ? 0.0f : static_cast<float>((std_ + eps) / std_);
-  }
-}
-
-// Pass 3 for rows [n0, n1) of one column block: z = ((x - hi) - lo) * inv, the columns' constants in registers.
-template <typename T, int W, bool Partial, bool PartialOut>
-XD_INLINE void normalize_rows(
-    const Rows<T, W, Partial>& rows, int64_t n0, int64_t n1, const Statistics<W>& s, float* z, int64_t z_stride,
-    int64_t columns) {
-  typename Vector<W>::F row[kVectors], hi[kVectors], lo[kVectors], inv[kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    load<W>(s.hi + v * W, hi[v]);
-    load<W>(s.lo + v * W, lo[v]);
-    load<W>(s.inv + v * W, inv[v]);
-  }
-  for (int64_t n = n0; n < n1; ++n) {
-    rows.get(n, row);
-    float padded[Statistics<W>::C];
-    float* out = PartialOut ? padded : z + n * z_stride;
-    for (int v = 0; v < kVectors; ++v) store<W>(out + v * W, ((row[v] - hi[v]) - lo[v]) * inv[v]);
-    if (PartialOut) std::memcpy(z + n * z_stride, padded, columns * sizeof(float));
-  }
-}
-
-template <typename T>
-struct Problem {
-  const T* x;
-  int64_t stride, N, D;
-  double eps;
-  float *z, *inv, *ratio;
-  int64_t panel;  // column blocks per panel
+// One of the two inputs and what belongs to it. The bfloat16 operands exist where the products want them.
+struct Side {
+  at::Tensor x;                       // [N, D], unit column stride
+  ColumnStatistics statistics{};      // [D] each
+  bool statistics_known = false;
+  float* z = nullptr;                 // [N, ld] standardised
+  float* gram = nullptr;              // [parts, N, N] z z^T / D, the first part the sum in the end
+  bool gram_known = false;
+  at::BFloat16* rows = nullptr;       // [N, ld] z: A of the Gram matrix (N < D), of the gradient (N >= D)
+  at::BFloat16* pairs = nullptr;      // [N/2, ld, 2] z, pairs of rows: B of U = K S, of P = T^T S
+  at::BFloat16* across = nullptr;     // N < D: [D/2, ldn, 2], B of the Gram matrix; N >= D: [D, ldn] = z^T, A of P
+  at::BFloat16* gram_rows = nullptr;  // [N, ldn] the Gram matrix: A of U = K S
+  float* gradient = nullptr;          // [N, D] to write, or null
+  double* f = nullptr;                // [D] sum over the other side's columns of P^2
 };
 
-// Panels [first, last) of the matrix. A panel is as many neighbouring column blocks as the buffer holds: statistics go
-// block by block, but z is written panel-wide, row by row. Narrow writes at a power-of-two row stride fall into few
-// cache sets (measured: half the speed at D = 2048 and 4096).
-template <typename T, int W, bool Buffered>
-XD_INLINE void standardize_panels(const Problem<T>& p, int64_t first, int64_t last) {
-  constexpr int64_t C = Statistics<W>::C;
-  const int64_t N = p.N, blocks = (p.D + C - 1) / C;
-  std::unique_ptr<float[]> buffer(Buffered ? new float[p.panel * N * C] : nullptr);
-  std::unique_ptr<Statistics<W>[]> statistics(new Statistics<W>[p.panel]);
-  for (int64_t panel = first; panel < last; ++panel) {
-    const int64_t b0 = panel * p.panel, count = std::min(p.panel, blocks - b0);
-    for (int64_t b = 0; b < count; ++b) {
-      const int64_t d = (b0 + b) * C, columns = std::min(C, p.D - d);
-      float* own = Buffered ? buffer.get() + b * N * C : nullptr;
-      Statistics<W>& s = statistics[b];
-      if (columns == C) {
-        column_statistics<T, W, false, Buffered>({p.x + d, p.stride, columns}, N, p.eps, own, s);
-      } else {
-        column_statistics<T, W, true, Buffered>({p.x + d, p.stride, columns}, N, p.eps, own, s);
-      }
-      std::memcpy(p.inv + d, s.inv, columns * sizeof(float));
-      std::memcpy(p.ratio + d, s.ratio, columns * sizeof(float));
+struct Options {
+  double kappa, eps, scale;
+  bool eps_on_variance, bf16;
+};
+
+class CrossCorrelation {
+ public:
+  CrossCorrelation(Side student, Side teacher, const Options& options)
+      : s_(std::move(student)),
+        t_(std::move(teacher)),
+        o_(options),
+        N_(t_.x.size(0)),
+        D_(t_.x.size(1)),
+        threads_(N_ * D_ * std::min(N_, D_) < kSerialWork ? 1 : at::get_num_threads()),
+        gram_form_(N_ < D_),
+        gradient_(s_.gradient || t_.gradient),
+        ld_(round_up(D_, 16) + 16),  // no power of two: rows a power of two apart share few cache sets
+        ldn_(round_up(N_, 32) + 32),
+        strips_(N_, N_ <= 256 ? 32 : 64, 2, 1),
+        tiles_(D_, kTileRows, 32, 1),
+        panels_(D_, kBlockColumns, 64, threads_),
+        blocks_(D_, std::clamp<int64_t>(kBlockBytes / (4 * N_) / 32 * 32, 64, kBlockColumns), 32, threads_) {
+    // Partial Gram matrices over parts of D, where there are more threads than strips; within O(N D) memory.
+    parts_ = std::max<int64_t>(1, std::min({2 * threads_ / strips_.count, D_ / N_, D_ / 64}));
+    part_columns_ = round_up((D_ + parts_ - 1) / parts_, 64);
+    parts_ = (D_ + part_columns_ - 1) / part_columns_;
+
+    Arena counted;
+    layout(counted);
+    workspace_ = at::empty({counted.used}, t_.x.options().dtype(at::kByte));
+    Arena arena{reinterpret_cast<char*>(workspace_.mutable_data_ptr())};
+    layout(arena);
+  }
+
+  // (invariance, decorrelation, mean diagonal); gradients into the sides.
+  std::tuple<double, double, double> run() {
+    standardize();
+    double squares = 0.0;  // of P: all of it in the Gram form, without the diagonal otherwise
+    if (gram_form_) {
+      gram_matrices();
+      if (!gradient_) squares = gram_inner_product();
+    } else {
+      squares = product();
     }
-    for (int64_t n0 = 0; n0 < N; n0 += kStrip) {
-      const int64_t n1 = std::min(N, n0 + kStrip);
-      for (int64_t b = 0; b < count; ++b) {
-        const int64_t d = (b0 + b) * C, columns = std::min(C, p.D - d);
-        const Rows<float, W, false> own{Buffered ? buffer.get() + b * N * C : nullptr, C, C};
-        const Statistics<W>& s = statistics[b];
-        float* z = p.z + d;
-        if (Buffered && columns == C) {
-          normalize_rows<float, W, false, false>(own, n0, n1, s, z, p.D, columns);
-        } else if (Buffered) {
-          normalize_rows<float, W, false, true>(own, n0, n1, s, z, p.D, columns);
-        } else if (columns == C) {
-          normalize_rows<T, W, false, false>({p.x + d, p.stride, columns}, n0, n1, s, z, p.D, columns);
-        } else {
-          normalize_rows<T, W, true, true>({p.x + d, p.stride, columns}, n0, n1, s, z, p.D, columns);
+    if (gradient_) {
+      gradients();
+      const double* f = s_.gradient ? s_.f : t_.f;
+      for (int64_t j = 0; gram_form_ && j < D_; ++j) squares += f[j];
+    }
+    double invariance = 0.0, diagonal_squares = 0.0, diagonal = 0.0;
+    for (int64_t j = 0; j < D_; ++j) {
+      invariance += (p_[j] - 1) * (p_[j] - 1);
+      diagonal_squares += p_[j] * p_[j];
+      diagonal += p_[j];
+    }
+    return {invariance, gram_form_ ? squares - diagonal_squares : squares, diagonal / static_cast<double>(D_)};
+  }
+
+  // Only the teacher: its statistics [4, D], and for N < D its Gram matrix [N, N].
+  void prepare(float* statistics, float* gram) {
+    standardize();
+    std::copy(t_.statistics.hi, t_.statistics.hi + 4 * D_, statistics);
+    if (gram_form_) {
+      gram_matrices();
+      std::copy(t_.gram, t_.gram + N_ * N_, gram);
+    }
+  }
+
+ private:
+  // What is taken here lies in one workspace; called twice, first to count.
+  void layout(Arena& arena) {
+    p_ = arena.take<double>(D_);
+    for (Side* side : {&s_, &t_}) {
+      if (!side->x.defined()) continue;
+      const bool other_gradient = (side == &s_ ? t_ : s_).gradient;
+      const bool own_gram = gram_form_ && !side->gram_known && (other_gradient || !gradient_);
+      if (!side->statistics_known) side->statistics = ColumnStatistics::at(arena.take<float>(4 * D_), D_);
+      side->z = arena.take<float>(N_ * ld_);
+      side->f = arena.take<double>(D_);
+      if (own_gram) side->gram = arena.take<float>(parts_ * N_ * N_);
+      if (!o_.bf16) continue;
+      if (own_gram || (!gram_form_ && other_gradient)) side->rows = arena.take<at::BFloat16>(N_ * ld_);
+      if (!gram_form_ || side->gradient) side->pairs = arena.take<at::BFloat16>(round_up(N_, 2) * ld_);
+      if (own_gram) side->across = arena.take<at::BFloat16>(ld_ * ldn_);
+      if (!gram_form_ && side == &t_) side->across = arena.take<at::BFloat16>(D_ * ldn_);
+      if (gram_form_ && other_gradient) side->gram_rows = arena.take<at::BFloat16>(N_ * ldn_);
+    }
+    if (!gram_form_ && s_.x.defined()) {
+      product_ = arena.take<float>(D_ * ld_);
+      column_sums_ = arena.take<double>(tiles_.count * D_);
+      if (t_.gradient) row_sums_ = arena.take<double>(blocks_.count * D_);
+      if (o_.bf16 && s_.gradient) product_pairs_ = arena.take<at::BFloat16>(round_up(D_, 2) * ld_);
+      if (o_.bf16 && t_.gradient) {
+        product_rows_ = arena.take<at::BFloat16>(D_ * ld_);
+        product_across_ = arena.take<at::BFloat16>(ld_ * ld_);
+      }
+    }
+    if (gradient_) {
+      block_stride_ = round_up((gram_form_ ? N_ : std::min(N_, kStripRows)) * (blocks_.width + 16), 16);
+      block_ = arena.take<float>(threads_ * block_stride_);
+    }
+  }
+
+  template <typename F>
+  void parallel(int64_t count, const F& f) {
+    at::parallel_for(0, count, threads_ == 1 ? count : 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) f(i);
+      if (o_.bf16) bf16_gemm_release();
+    });
+  }
+
+  template <typename T>
+  StandardizeProblem<T> standardize_problem(const Side& side) {
+    return {side.x.const_data_ptr<T>(), side.x.stride(0), N_, D_, o_.eps, o_.eps_on_variance,
+            side.statistics_known, side.statistics, side.z, ld_};
+  }
+
+  void standardize() {
+    const Passes& pass = passes();
+    parallel(panels_.count, [&](int64_t i) {
+      const int64_t d = panels_.begin(i), columns = panels_.length(i), end = d + columns;
+      for (Side* side : {&t_, &s_}) {
+        if (!side->x.defined()) continue;
+        switch (side->x.scalar_type()) {
+          case at::kFloat: pass.standardize_float(standardize_problem<float>(*side), d, end); break;
+          case at::kBFloat16: pass.standardize_bfloat16(standardize_problem<at::BFloat16>(*side), d, end); break;
+          default: pass.standardize_half(standardize_problem<at::Half>(*side), d, end); break;
+        }
+        const float* z = side->z + d;
+        if (side->rows) {
+          const int64_t padded = end == D_ ? round_up(columns, 2) : columns;
+          pass.to_bfloat16(z, ld_, N_, columns, padded, side->rows + d, ld_);
+        }
+        if (side->pairs) pass.pair_rows(z, ld_, N_, columns, side->pairs + 2 * d, ld_);
+        if (side->across && gram_form_) {
+          pass.transpose_words(
+              words(side->rows + d), ld_ / 2, N_, (columns + 1) / 2, words(side->across) + d / 2 * ldn_, ldn_);
+        } else if (side->across) {
+          pass.transpose_words(
+              words(side->pairs + 2 * d), ld_, (N_ + 1) / 2, columns, words(side->across + d * ldn_), ldn_ / 2);
         }
       }
+      if (s_.x.defined()) {
+        pass.column_dots(s_.z + d, ld_, t_.z + d, ld_, N_, columns, p_ + d);
+        for (int64_t j = d; j < end; ++j) p_[j] /= static_cast<double>(N_);
+      }
+    });
+  }
+
+  // z z^T / D. By symmetry only strips of rows up to the diagonal; long and short strips take turns in the list, because
+  // every thread gets a contiguous part of it.
+  void gram_matrices() {
+    const Passes& pass = passes();
+    for (Side* side : {&s_, &t_}) {
+      if (side->gram && !side->gram_known) {
+        parallel(strips_.count * parts_, [&](int64_t task) {
+          const int64_t turn = task / parts_, part = task % parts_;
+          const int64_t strip = turn % 2 ? strips_.count - 1 - turn / 2 : turn / 2;
+          const int64_t r = strips_.begin(strip), rows = strips_.length(strip), columns = r + rows;
+          const int64_t d = part * part_columns_, depth = std::min(part_columns_, D_ - d);
+          float* out = side->gram + part * N_ * N_ + r * N_;
+          if (!o_.bf16) {
+            const float* z = side->z + d;
+            gemm(false, true, rows, columns, depth, 1.0f / static_cast<float>(D_), z + r * ld_, ld_, z, ld_, out, N_);
+            return;
+          }
+          for (int64_t c = 0; c < columns; c += 64) {  // few different shapes: each is compiled once by oneDNN
+            bf16_gemm(rows, std::min<int64_t>(64, columns - c), round_up(depth, 2), side->rows + r * ld_ + d, ld_,
+                      side->across + d * ldn_ + 2 * c, ldn_, out + c, N_);
+          }
+        });
+        const float factor = o_.bf16 ? 1.0f / static_cast<float>(D_) : 1.0f;
+        parallel(strips_.count, [&](int64_t strip) {
+          const int64_t r = strips_.begin(strip), rows = strips_.length(strip), columns = r + rows;
+          float* out = side->gram + r * N_;
+          if (parts_ > 1 || factor != 1.0f) {
+            for (int64_t i = 0; i < rows; ++i) {
+              for (int64_t j = 0; j < columns; ++j) {
+                float sum = out[i * N_ + j];
+                for (int64_t part = 1; part < parts_; ++part) sum += out[part * N_ * N_ + i * N_ + j];
+                out[i * N_ + j] = sum * factor;
+              }
+            }
+          }
+          pass.transpose_words(words(out), N_, rows, r, words(side->gram) + r, N_);
+        });
+      }
+      if (side->gram_rows) {
+        parallel(strips_.count, [&](int64_t strip) {
+          const int64_t r = strips_.begin(strip);
+          pass.to_bfloat16(
+              side->gram + r * N_, N_, strips_.length(strip), N_, round_up(N_, 2), side->gram_rows + r * ldn_, ldn_);
+        });
+      }
     }
   }
-}
 
-template <typename T, int W>
-XD_INLINE void standardize_range(const Problem<T>& p, int64_t first, int64_t last) {
-  if (p.N * Statistics<W>::C * static_cast<int64_t>(sizeof(float)) <= kBufferBytes) {
-    standardize_panels<T, W, true>(p, first, last);
-  } else {
-    standardize_panels<T, W, false>(p, first, last);
+  // ||P||^2 = <T T^T, S S^T> / N^2
+  double gram_inner_product() {
+    std::vector<double> dots(N_);
+    passes().column_dots(s_.gram, N_, t_.gram, N_, N_, N_, dots.data());
+    double total = 0.0;
+    for (double dot : dots) total += dot;
+    return total * static_cast<double>(D_) / static_cast<double>(N_) * static_cast<double>(D_) / static_cast<double>(N_);
   }
-}
 
-template <typename T>
-void standardize_baseline(const Problem<T>& p, int64_t first, int64_t last) {
-  standardize_range<T, 4>(p, first, last);
-}
-
-#if defined(__x86_64__)
-template <typename T>
-__attribute__((target("avx2,fma,f16c"))) void standardize_avx2(const Problem<T>& p, int64_t first, int64_t last) {
-  standardize_range<T, 8>(p, first, last);
-}
-
-template <typename T>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))) void standardize_avx512(
-    const Problem<T>& p, int64_t first, int64_t last) {
-  standardize_range<T, 16>(p, first, last);
-}
-#endif
-
-template <typename T>
-void standardize(Problem<T> p) {
-  void (*range)(const Problem<T>&, int64_t, int64_t) = standardize_baseline<T>;
-  int64_t block = kVectors * 4;
-#if defined(__x86_64__)
-  static const std::string capability = at::get_cpu_capability();
-  if (capability.rfind("AVX512", 0) == 0) {
-    range = standardize_avx512<T>;
-    block = kVectors * 16;
-  } else if (capability.rfind("AVX2", 0) == 0) {
-    range = standardize_avx2<T>;
-    block = kVectors * 8;
+  // P [D, D] and the sums of its squares; the sum without the diagonal is returned. In bfloat16 P is kept times N.
+  double product() {
+    const Passes& pass = passes();
+    std::fill(column_sums_, column_sums_ + tiles_.count * D_, 0.0);
+    if (row_sums_) std::fill(row_sums_, row_sums_ + blocks_.count * D_, 0.0);
+    parallel(tiles_.count * blocks_.count, [&](int64_t task) {
+      const int64_t tile = task % tiles_.count, block = task / tiles_.count;
+      const int64_t r = tiles_.begin(tile), rows = tiles_.length(tile);
+      const int64_t c = blocks_.begin(block), columns = blocks_.length(block);
+      float* out = product_ + r * ld_ + c;
+      if (o_.bf16) {
+        bf16_gemm(rows, columns, round_up(N_, 2), t_.across + r * ldn_, ldn_, s_.pairs + 2 * c, ld_, out, ld_);
+      } else {
+        gemm(true, false, rows, columns, N_, 1.0f / static_cast<float>(N_), t_.z + r, ld_, s_.z + c, ld_, out, ld_);
+      }
+      pass.squares(
+          out, ld_, rows, columns, c - r, column_sums_ + tile * D_ + c, row_sums_ ? row_sums_ + block * D_ + r : nullptr);
+      if (product_pairs_) pass.pair_rows(out, ld_, rows, columns, product_pairs_ + r * ld_ + 2 * c, ld_);
+      if (product_rows_) {
+        const int64_t padded = c + columns == D_ ? round_up(columns, 2) : columns;
+        at::BFloat16* rounded = product_rows_ + r * ld_ + c;
+        pass.to_bfloat16(out, ld_, rows, columns, padded, rounded, ld_);
+        pass.transpose_words(
+            words(rounded), ld_ / 2, rows, (columns + 1) / 2, words(product_across_) + c / 2 * ld_ + r, ld_);
+      }
+    });
+    const double unit = product_unit() * product_unit();
+    double total = 0.0;
+    for (int64_t j = 0; j < D_; ++j) {
+      double column = 0.0, row = 0.0;
+      for (int64_t tile = 0; tile < tiles_.count; ++tile) column += column_sums_[tile * D_ + j];
+      for (int64_t block = 0; row_sums_ && block < blocks_.count; ++block) row += row_sums_[block * D_ + j];
+      s_.f[j] = column * unit + p_[j] * p_[j];
+      t_.f[j] = row * unit;
+      total += column * unit;
+    }
+    return total;
   }
-#endif
-  const int64_t blocks = (p.D + block - 1) / block;
-  const int64_t threads = p.N * p.D < kSerialElements ? 1 : at::get_num_threads();
-  const int64_t fitting = kBufferBytes / (p.N * block * static_cast<int64_t>(sizeof(float)));
-  p.panel = std::max<int64_t>(1, std::min({fitting, (blocks + threads - 1) / threads, kPanelColumns / block}));
-  const int64_t panels = (blocks + p.panel - 1) / p.panel;
-  at::parallel_for(0, panels, threads == 1 ? panels : 1, [&](int64_t first, int64_t last) { range(p, first, last); });
-}
 
-template <typename T>
-void run(const at::Tensor& x, double eps, at::Tensor& z, at::Tensor& inv, at::Tensor& ratio) {
-  standardize(Problem<T>{
-      x.const_data_ptr<T>(), x.stride(0), x.size(0), x.size(1), eps, z.mutable_data_ptr<float>(),
-      inv.mutable_data_ptr<float>(), ratio.mutable_data_ptr<float>(), 1});
-}
+  double product_unit() const { return o_.bf16 ? 1.0 / static_cast<double>(N_) : 1.0; }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> rsd_standardize(const at::Tensor& input, double eps) {
-  XD_CHECK_MATRIX("rsd_standardize", input);
-  XD_CHECK_ROWS("rsd_standardize", input);
-  XD_CHECK_CPU("rsd_standardize", input);
-  XD_CHECK_FLOAT_OR_HALF("rsd_standardize", input);
-  // Rows may be any distance apart; columns have to be neighbours.
-  const at::Tensor x = input.size(1) <= 1 || input.stride(1) == 1 ? input : input.contiguous();
-  const auto options = x.options().dtype(at::kFloat);
-  at::Tensor z = at::empty({x.size(0), x.size(1)}, options);
-  at::Tensor inv = at::empty({x.size(1)}, options), ratio = at::empty({x.size(1)}, options);
-  switch (x.scalar_type()) {
-    case at::kFloat: run<float>(x, eps, z, inv, ratio); break;
-    case at::kBFloat16: run<at::BFloat16>(x, eps, z, inv, ratio); break;
-    default: run<at::Half>(x, eps, z, inv, ratio); break;
+  // Column blocks (and for N >= D strips of rows) of the gradients, one side after the other.
+  void gradients() {
+    const int64_t strips = gram_form_ ? 1 : (N_ + kStripRows - 1) / kStripRows;
+    const int64_t each = blocks_.count * strips;
+    parallel(each * ((s_.gradient != nullptr) + (t_.gradient != nullptr)), [&](int64_t task) {
+      const bool teacher = t_.gradient && (!s_.gradient || task >= each);
+      Side& own = teacher ? t_ : s_;
+      const Side& other = teacher ? s_ : t_;
+      const int64_t block = task % each / strips, strip = task % each % strips;
+      const int64_t c = blocks_.begin(block), columns = blocks_.length(block), ldu = blocks_.width + 16;
+      float* u = block_ + at::get_thread_num() * block_stride_;
+      if (gram_form_) {
+        gram_block(own, other, c, columns, u, ldu);
+        write_gradient(own, other, 0, N_, c, columns, u, ldu, static_cast<double>(D_));
+      } else {
+        const int64_t i = strip * kStripRows, rows = std::min(kStripRows, N_ - i);
+        product_block(own, other, teacher, i, rows, c, columns, u, ldu);
+        write_gradient(own, other, i, rows, c, columns, u, ldu, product_unit() * static_cast<double>(N_));
+      }
+    });
   }
-  return {z, inv, ratio};
+
+  // u = (other's Gram matrix / D) @ z, and f
+  void gram_block(Side& own, const Side& other, int64_t c, int64_t columns, float* u, int64_t ldu) {
+    if (o_.bf16) {
+      bf16_gemm(N_, columns, round_up(N_, 2), other.gram_rows, ldn_, own.pairs + 2 * c, ld_, u, ldu);
+    } else {
+      gemm(false, false, N_, columns, N_, 1.0f, other.gram, N_, own.z + c, ld_, u, ldu);
+    }
+    passes().column_dots(own.z + c, ld_, u, ldu, N_, columns, own.f + c);
+    const double n = static_cast<double>(N_);
+    for (int64_t j = c; j < c + columns; ++j) own.f[j] *= static_cast<double>(D_) / (n * n);
+  }
+
+  // u = z_other @ P or z_other @ P^T, rows [i, i + rows)
+  void product_block(
+      const Side&, const Side& other, bool teacher, int64_t i, int64_t rows, int64_t c, int64_t columns, float* u,
+      int64_t ldu) {
+    if (o_.bf16) {
+      bf16_gemm(rows, columns, round_up(D_, 2), other.rows + i * ld_, ld_,
+                (teacher ? product_across_ : product_pairs_) + 2 * c, ld_, u, ldu);
+    } else if (teacher) {
+      gemm(false, true, rows, columns, D_, 1.0f, other.z + i * ld_, ld_, product_ + c * ld_, ld_, u, ldu);
+    } else {
+      gemm(false, false, rows, columns, D_, 1.0f, other.z + i * ld_, ld_, product_ + c, ld_, u, ldu);
+    }
+  }
+
+  // gradient = scale * inv * (2 kappa / N^2 U + c T - ratio g S), U = unit * u
+  void write_gradient(
+      const Side& own, const Side& other, int64_t i, int64_t rows, int64_t c, int64_t columns, const float* u,
+      int64_t ldu, double unit) {
+    float a[kBlockColumns], b[kBlockColumns], q[kBlockColumns];
+    const double n = static_cast<double>(N_);
+    for (int64_t j = 0; j < columns; ++j) {
+      const double p = p_[c + j], inv = own.statistics.inv[c + j] * o_.scale;
+      const double weight = 2.0 / n * (p - 1.0 - o_.kappa * p);
+      const double slope = 2.0 * o_.kappa / n * own.f[c + j] + weight * p;
+      a[j] = static_cast<float>(inv * 2.0 * o_.kappa / (n * n) * unit);
+      b[j] = static_cast<float>(inv * weight);
+      q[j] = static_cast<float>(inv * slope * own.statistics.ratio[c + j]);
+    }
+    passes().combine(
+        u, ldu, other.z + i * ld_ + c, own.z + i * ld_ + c, ld_, a, b, q, rows, columns, own.gradient + i * D_ + c, D_);
+  }
+
+  static uint32_t* words(at::BFloat16* p) { return reinterpret_cast<uint32_t*>(p); }
+  static uint32_t* words(float* p) { return reinterpret_cast<uint32_t*>(p); }
+
+  Side s_, t_;
+  Options o_;
+  int64_t N_, D_, threads_;
+  bool gram_form_, gradient_;
+  int64_t ld_, ldn_, parts_ = 1, part_columns_ = 0;
+  Blocks strips_, tiles_, panels_, blocks_;
+  at::Tensor workspace_;
+  double* p_ = nullptr;                                  // [D] diagonal of P
+  float* product_ = nullptr;                             // [D, ld] P
+  double *column_sums_ = nullptr, *row_sums_ = nullptr;  // [tiles, D], [blocks, D]
+  at::BFloat16* product_pairs_ = nullptr;                // [D/2, ld, 2] P, pairs of rows
+  at::BFloat16* product_rows_ = nullptr;                 // [D, ld]
+  at::BFloat16* product_across_ = nullptr;               // [D/2, ld, 2] P^T, pairs of rows
+  float* block_ = nullptr;                               // per thread
+  int64_t block_stride_ = 0;
+};
+
+// Rows may be any distance apart; columns have to be neighbours.
+at::Tensor with_unit_columns(const at::Tensor& x) {
+  return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous();
+}
+
+void check_input(const char* op, const at::Tensor& x) {
+  XD_CHECK_MATRIX(op, x);
+  XD_CHECK_ROWS(op, x);
+  XD_CHECK_CPU(op, x);
+  XD_CHECK_FLOAT_OR_HALF(op, x);
+}
+
+using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Results rsd_loss(
+    const at::Tensor& student, const at::Tensor& teacher, double kappa, double eps, bool eps_on_variance, bool bf16,
+    double scale, bool need_student, bool need_teacher, const std::optional<at::Tensor>& statistics,
+    const std::optional<at::Tensor>& gram) {
+  check_input("rsd_loss", student);
+  check_input("rsd_loss", teacher);
+  TORCH_CHECK_VALUE(student.sizes() == teacher.sizes(), "rsd_loss: student ", student.sizes(), " and teacher ",
+                    teacher.sizes(), " must have the same shape");
+  TORCH_CHECK_VALUE(student.size(1) >= 1, "rsd_loss: at least one column is needed");
+  TORCH_CHECK_VALUE(!bf16 || has_bf16_gemm(), "rsd_loss: this CPU has no bfloat16 products");
+  TORCH_CHECK_VALUE(!(need_teacher && statistics), "rsd_loss: a prepared teacher cannot have a gradient");
+  const int64_t N = student.size(0), D = student.size(1);
+  const auto fp32 = student.options().dtype(at::kFloat);
+  Side s{with_unit_columns(student)}, t{with_unit_columns(teacher)};
+  at::Tensor known_statistics, known_gram;
+  if (statistics) {
+    TORCH_CHECK_VALUE(statistics->sizes() == at::IntArrayRef({4, D}) && statistics->scalar_type() == at::kFloat,
+                      "rsd_loss: statistics must be float32 [4, ", D, "], but has shape ", statistics->sizes());
+    known_statistics = statistics->contiguous();
+    t.statistics = ColumnStatistics::at(const_cast<float*>(known_statistics.const_data_ptr<float>()), D);
+    t.statistics_known = true;
+  }
+  if (gram && N < D) {
+    TORCH_CHECK_VALUE(gram->sizes() == at::IntArrayRef({N, N}), "rsd_loss: gram must be [", N, ", ", N,
+                      "], but has shape ", gram->sizes());
+    known_gram = gram->to(at::kFloat).contiguous();
+    t.gram = const_cast<float*>(known_gram.const_data_ptr<float>());
+    t.gram_known = true;
+  }
+  // Gradients leave the kernel in float32; for half inputs they are rounded once, here.
+  at::Tensor grad_s = at::empty({need_student ? N : 0, need_student ? D : 0}, fp32);
+  at::Tensor grad_t = at::empty({need_teacher ? N : 0, need_teacher ? D : 0}, fp32);
+  if (need_student) s.gradient = grad_s.mutable_data_ptr<float>();
+  if (need_teacher) t.gradient = grad_t.mutable_data_ptr<float>();
+  const auto [invariance, decorrelation, diagonal] =
+      CrossCorrelation(std::move(s), std::move(t), {kappa, eps, scale, eps_on_variance, bf16}).run();
+  const auto scalar = [&](double value) { return at::scalar_tensor(value, fp32); };
+  return {scalar(scale * (invariance + kappa * decorrelation)), scalar(invariance), scalar(decorrelation),
+          scalar(diagonal), grad_s.to(student.scalar_type()), grad_t.to(teacher.scalar_type())};
+}
+
+std::tuple<at::Tensor, at::Tensor> rsd_prepare(
+    const at::Tensor& teacher, double eps, bool eps_on_variance, bool bf16) {
+  check_input("rsd_prepare", teacher);
+  TORCH_CHECK_VALUE(teacher.size(1) >= 1, "rsd_prepare: at least one column is needed");
+  TORCH_CHECK_VALUE(!bf16 || has_bf16_gemm(), "rsd_prepare: this CPU has no bfloat16 products");
+  const int64_t N = teacher.size(0), D = teacher.size(1);
+  const auto fp32 = teacher.options().dtype(at::kFloat);
+  at::Tensor statistics = at::empty({4, D}, fp32), gram = at::empty({N < D ? N : 0, N < D ? N : 0}, fp32);
+  Side t{with_unit_columns(teacher)};
+  CrossCorrelation problem(Side{}, std::move(t), {0.0, eps, 1.0, eps_on_variance, bf16});
+  problem.prepare(statistics.mutable_data_ptr<float>(), N < D ? gram.mutable_data_ptr<float>() : nullptr);
+  return {statistics, gram};
 }
 
 }  // namespace
+}  // namespace xdfast
 
 TORCH_LIBRARY_IMPL(xdfast_c, CPU, m) {
-  m.impl("rsd_standardize", &rsd_standardize);
+  m.impl("rsd_loss", &xdfast::rsd_loss);
+  m.impl("rsd_prepare", &xdfast::rsd_prepare);
 }

@@ -175,8 +175,8 @@ def test_backward_twice_and_accumulated_gradients(backend) -> None:
 @pytest.mark.parametrize(("n", "d"), [(6, 9), (9, 6)])
 def test_opcheck(n, d, needs) -> None:
     student, teacher = inputs(n, d, torch.float64)
-    args = (student.requires_grad_(needs[0]), teacher.requires_grad_(needs[1]), 0.01, 1e-5, *needs)
-    opcheck(torch.ops.xdfast.rsd_loss.default, args)
+    args = (student.requires_grad_(needs[0]), teacher.requires_grad_(needs[1]), 0.01, 1e-5, "std", "float32", 2.0)
+    opcheck(torch.ops.xdfast.rsd_loss.default, (*args, *needs, None, None))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])

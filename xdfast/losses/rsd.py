@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from xdfast.errors import nearest
 from xdfast.losses.base import DistillLoss, register_loss
-from xdfast.ops._checks import check_number
-from xdfast.ops.rsd import REDUCTIONS, RSDComponents, rsd_loss
+from xdfast.ops._checks import check_choice, check_number
+from xdfast.ops.rsd import REDUCTIONS, PreparedTeacher, RSDComponents, prepare_teacher, rsd_loss
+from xdfast.ops.rsd.fast import PRECISIONS
 
 __all__ = ["RSDLoss"]
 
@@ -34,6 +34,7 @@ class RSDLoss(DistillLoss):
         weight: w ≥ 0.
         eps: ε > 0, added to the biased std.
         reduction: ``"sum"`` (the paper's; grows with D), ``"feature"`` (÷ D) or ``"mean"`` (÷ D²).
+        precision: lowest precision of the two matrix products, see :func:`xdfast.rsd_loss`.
         return_components: return :class:`xdfast.ops.rsd.RSDComponents` (loss with weight; invariance,
             decorrelation and mean diagonal without) instead of the loss alone.
         on: what ``xdfast.distill`` feeds it, ``"features"`` or ``"logits"``.
@@ -63,32 +64,37 @@ class RSDLoss(DistillLoss):
         weight: float = 1.0,
         eps: float = 1e-5,
         reduction: str = "sum",
+        precision: str = "float32",
         return_components: bool = False,
         on: str = "features",
     ) -> None:
         super().__init__(weight)
         self.kappa = check_number("kappa", kappa, minimum=0)
         self.eps = check_number("eps", eps, minimum=0, strict=True)
-        if reduction not in REDUCTIONS:
-            raise ValueError(
-                f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}.{nearest(reduction, REDUCTIONS)}"
-            )
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("precision", precision, ("auto", *PRECISIONS))
         if on not in ("features", "logits"):
             raise ValueError(f"on must be 'features' or 'logits', got {on!r}")
-        self.reduction, self.return_components, self.on = reduction, return_components, on
+        self.reduction, self.precision, self.return_components, self.on = reduction, precision, return_components, on
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor | RSDComponents:
-        result = rsd_loss(
+    def prepare(self, teacher: Tensor) -> PreparedTeacher:
+        """The teacher's half of the work for a batch [N, D] that is used repeatedly; pass it as ``teacher``."""
+        return prepare_teacher(teacher, eps=self.eps, precision=self.precision)
+
+    def forward(self, student: Tensor, teacher: Tensor | PreparedTeacher) -> Tensor | RSDComponents:
+        return rsd_loss(
             student,
             teacher,
             kappa=self.kappa,
             eps=self.eps,
             reduction=self.reduction,
+            weight=self.weight,
+            precision=self.precision,
             return_components=self.return_components,
         )
-        if isinstance(result, RSDComponents):
-            return result._replace(loss=result.loss * self.weight)
-        return result * self.weight if self.weight != 1 else result
 
     def extra_repr(self) -> str:
-        return f"kappa={self.kappa:g}, weight={self.weight:g}, eps={self.eps:g}, reduction={self.reduction!r}"
+        return (
+            f"kappa={self.kappa:g}, weight={self.weight:g}, eps={self.eps:g}, reduction={self.reduction!r}, "
+            f"precision={self.precision!r}"
+        )

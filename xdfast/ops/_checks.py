@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-__all__ = ["check_matrix", "check_number", "check_pair"]
+from xdfast.errors import nearest
+
+__all__ = ["check_choice", "check_matrix", "check_number", "check_pair"]
 
 
 def check_matrix(name: str, x: Tensor, *, min_rows: int = 1) -> None:
@@ -61,3 +65,15 @@ def check_number(name: str, value: float, *, minimum: float, strict: bool = Fals
     if bad or value == float("inf"):
         raise ValueError(f"{name} must be finite and {'>' if strict else '≥'} {minimum:g}, got {value!r}")
     return float(value)
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    """``value`` must be one of ``choices``; returned.
+
+    Raises:
+        ValueError: it is not; the nearest choice is offered.
+    """
+    if value not in choices:
+        known = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} must be one of {known}, got {value!r}{nearest(str(value), choices)}")
+    return value

@@ -1,7 +1,4 @@
-"""Column standardisation by compiled code: the C++ extension on the CPU, Triton on CUDA.
-
-Both return what :func:`xdfast.ops.rsd.fast.standardize_torch` returns. float64 stays with plain PyTorch.
-"""
+"""The RSD op by compiled code: the C++ extension on the CPU, Triton on CUDA. float64 stays with plain PyTorch."""
 
 from __future__ import annotations
 
@@ -12,9 +9,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from xdfast.ops.rsd.fast import Standardized, standardize_torch
+from xdfast.ops.rsd.fast import Outputs, compute_dtype, prepare_torch, rsd_forward
 
-__all__ = ["cpp_available", "standardize_cpp", "standardize_triton", "triton_available"]
+__all__ = ["cpp_available", "prepare_cpp", "prepare_triton", "run_cpp", "run_triton", "triton_available"]
 
 
 @lru_cache(maxsize=1)
@@ -25,7 +22,9 @@ def _load_extension() -> tuple[bool, str]:
         importlib.import_module("xdfast._C")  # its static initialisers register xdfast_c::*
     except ImportError as error:
         return False, f"extension xdfast._C does not load ({error}); rebuild it for torch {torch.__version__}"
-    return True, "compiled extension xdfast._C: fused column standardisation, then matrix-chain order"
+    ops = torch.ops.xdfast_c
+    bf16 = "bfloat16" if ops.cpu_has_bf16_gemm() else "no bfloat16 (no AVX512-BF16 or AMX)"
+    return True, f"compiled extension xdfast._C, {ops.cpu_capability()}; products: float32 by {ops.cpu_gemm()}, {bf16}"
 
 
 def cpp_available(device: str) -> tuple[bool, str]:
@@ -38,7 +37,7 @@ def cpp_available(device: str) -> tuple[bool, str]:
 @lru_cache(maxsize=1)
 def _load_triton() -> tuple[bool, str]:
     kernels = importlib.import_module("xdfast.kernels")
-    return bool(kernels.HAS_TRITON), kernels.WHY_NOT or "Triton kernel for the column standardisation"
+    return bool(kernels.HAS_TRITON), kernels.WHY_NOT or "Triton kernels: loss and gradient in three launches"
 
 
 def triton_available(device: str) -> tuple[bool, str]:
@@ -49,17 +48,77 @@ def triton_available(device: str) -> tuple[bool, str]:
     return ok, f"{reason}; runs when forced, no measured figure on a GPU prefers it yet" if ok else reason
 
 
-def standardize_cpp(x: Tensor, eps: float) -> Standardized:
-    """:func:`standardize_torch` by ``xdfast_c::rsd_standardize`` (csrc/cpu/rsd.cpp)."""
-    if x.dtype == torch.float64:
-        return standardize_torch(x, eps)
-    return torch.ops.xdfast_c.rsd_standardize(x, eps)
+@lru_cache(maxsize=1)
+def _bf16_gemm() -> bool:
+    return bool(torch.ops.xdfast_c.cpu_has_bf16_gemm())
 
 
-def standardize_triton(x: Tensor, eps: float) -> Standardized:
-    """:func:`standardize_torch` by ``xdfast.kernels.rsd`` (kernels/rsd.py)."""
-    if x.dtype == torch.float64:
-        return standardize_torch(x, eps)
-    from xdfast.kernels.rsd import column_standardize
+def run_cpp(
+    student: Tensor,
+    teacher: Tensor,
+    kappa: float,
+    eps: float,
+    eps_mode: str,
+    precision: str,
+    scale: float,
+    need_student: bool,
+    need_teacher: bool,
+    statistics: Tensor | None = None,
+    gram: Tensor | None = None,
+) -> Outputs:
+    """:func:`xdfast.ops.rsd.fast.rsd_forward` by ``xdfast_c::rsd_loss`` (csrc/cpu/rsd.cpp)."""
+    if compute_dtype(student, teacher) == torch.float64:
+        return rsd_forward(
+            student, teacher, kappa, eps, eps_mode, precision, scale, need_student, need_teacher, statistics, gram
+        )
+    bf16 = precision == "bfloat16" and _bf16_gemm()
+    return torch.ops.xdfast_c.rsd_loss.default(
+        student, teacher, kappa, eps, eps_mode == "var", bf16, scale, need_student, need_teacher, statistics, gram
+    )
 
-    return column_standardize(x, eps)
+
+def prepare_cpp(teacher: Tensor, eps: float, eps_mode: str, precision: str) -> tuple[Tensor, Tensor]:
+    """:func:`xdfast.ops.rsd.fast.prepare_torch` by ``xdfast_c::rsd_prepare`` (csrc/cpu/rsd.cpp)."""
+    if teacher.dtype == torch.float64:
+        return prepare_torch(teacher, eps, eps_mode, precision)
+    bf16 = precision == "bfloat16" and _bf16_gemm()
+    return torch.ops.xdfast_c.rsd_prepare.default(teacher, eps, eps_mode == "var", bf16)
+
+
+def run_triton(
+    student: Tensor,
+    teacher: Tensor,
+    kappa: float,
+    eps: float,
+    eps_mode: str,
+    precision: str,
+    scale: float,
+    need_student: bool,
+    need_teacher: bool,
+    statistics: Tensor | None = None,
+    gram: Tensor | None = None,
+) -> Outputs:
+    """:func:`xdfast.ops.rsd.fast.rsd_forward` by ``xdfast.kernels.rsd`` (kernels/rsd.py)."""
+    if compute_dtype(student, teacher) == torch.float64:
+        return rsd_forward(
+            student, teacher, kappa, eps, eps_mode, precision, scale, need_student, need_teacher, statistics, gram
+        )
+    from xdfast.kernels.rsd import rsd_loss_and_gradients
+
+    # The teacher's statistics cost nothing beside reading it, which the kernel has to do anyway; its Gram matrix does.
+    return rsd_loss_and_gradients(
+        student, teacher, kappa, eps, eps_mode, precision, scale, need_student, need_teacher, gram
+    )
+
+
+def prepare_triton(teacher: Tensor, eps: float, eps_mode: str, precision: str) -> tuple[Tensor, Tensor]:
+    """:func:`xdfast.ops.rsd.fast.prepare_torch` by ``xdfast.kernels.rsd`` (kernels/rsd.py)."""
+    if teacher.dtype == torch.float64:
+        return prepare_torch(teacher, eps, eps_mode, precision)
+    from xdfast.kernels.rsd import teacher_gram
+
+    n, d = teacher.shape
+    statistics, _ = prepare_torch(teacher, eps, eps_mode, precision) if n >= d else (None, None)
+    if statistics is not None:
+        return statistics, teacher.new_empty(0, 0)
+    return teacher_gram(teacher, eps, eps_mode, precision)
