@@ -66,6 +66,17 @@ _HALF = {
     "gradient_parked": (Tile(None, 128, 32, 4, 3, 64),),
     "gradient_covariance": (Tile(1024, 64, 64, 4, 3, 64), Tile(None, 128, 64, 8, 3, 64)),
 }
+# Blackwell's tensor cores take 4 or 8 warps. The three rows of its own: with 4 warps the small tiles spill a few bytes
+# (16 to 32, under Triton 3.9), with 16 warps 512 rows spill and fall back to mma.sync.
+_HALF_100 = _HALF | {
+    "product": (_HALF["product"][0], Tile(1024, 64, 64, 8, 3, 64), _HALF["product"][2]),
+    "gradient_resident": (
+        *_HALF["gradient_resident"][:2],
+        Tile(64, 64, 16, 2, 2, 64),
+        *_HALF["gradient_resident"][3:5],
+        Tile(512, 512, 16, 8, 2, 64),
+    ),
+}
 _TF32 = {
     "product": (Tile(256, 32, 32, 4, 3, 32), Tile(None, 64, 64, 4, 3, 32)),
     "gradient_resident": (
@@ -93,7 +104,8 @@ _FP32 = {
 
 _TABLE: dict[tuple[str, int, str], tuple[Tile, ...]] = {}
 for _arch in ARCHITECTURES:
-    for _product, _rows in (("fp32", _FP32), ("tf32", _TF32), ("bf16", _HALF), ("fp16", _HALF)):
+    _half = _HALF_100 if _arch == 100 else _HALF
+    for _product, _rows in (("fp32", _FP32), ("tf32", _TF32), ("bf16", _half), ("fp16", _half)):
         _TABLE["standardize_resident", _arch, _product] = _STANDARDIZE_RESIDENT
         _TABLE["standardize_stream", _arch, _product] = _STANDARDIZE_STREAM
         for _kernel, _tiles in _rows.items():

@@ -1,0 +1,101 @@
+"""Runs kernels under Triton's interpreter: requests on stdin, answers on stdout, each a length and a torch.save.
+
+TRITON_INTERPRET must be set before Triton is imported, and the process of the tests may have imported it; hence a
+process of its own (fixture ``interpreter``). Fresh memory is poisoned in every request: NaN in floating tensors, garbage
+in integer ones, so that a kernel that reads what nobody wrote is found out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import struct
+import sys
+import traceback
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
+
+from xdfast.kernels import configs, rsd
+
+_SMALL = configs.Tile(limit=None, rows=16, columns=16, warps=1, depth=16)
+_TABLES = {
+    # No resident tiles: streaming statistics, U parked, many tiles of every product.
+    "small": {kernel: () if kernel.endswith("resident") else (_SMALL,) for kernel in configs.KERNELS},
+}
+_original = {name: getattr(configs, name) for name in ("tiles", "groups", "splits")}
+
+
+class _Log(TorchDispatchMode):
+    """What a call does besides arithmetic: launches, operators on tensors, elements allocated at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches, self.operators, self.largest, self.inside = [], [], 0, False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if not self.inside:  # the interpreter uses PyTorch too
+            self.operators.append(function.overloadpacket.__name__)
+            if self.operators[-1] == "empty":
+                self.largest = max(self.largest, out.numel())
+                self.inside = True
+                out.fill_(float("nan") if out.is_floating_point() else 123456789)
+                self.inside = False
+        return out
+
+
+@contextlib.contextmanager
+def _logged_launches(log: _Log):
+    run = interpreter.GridExecutor.__call__
+
+    def logged(self, *args, **kwargs):
+        log.launches.append(self.fn.__name__)
+        log.inside = True
+        run(self, *args, **kwargs)
+        log.inside = False
+
+    interpreter.GridExecutor.__call__ = logged
+    try:
+        yield
+    finally:
+        interpreter.GridExecutor.__call__ = run
+
+
+def _answer(function, args, kwargs, table=None, groups=None, splits=None):
+    for name, value in _original.items():
+        setattr(configs, name, value)
+    if table:
+        configs.tiles = lambda kernel, arch, product: _TABLES[table][kernel]
+    if groups:
+        configs.groups = lambda arch, blocks, row_tiles: min(groups, row_tiles)
+    if splits:
+        configs.splits = lambda arch, tiles, steps: splits
+    rsd._plan.cache_clear()
+    rsd._plan_gram.cache_clear()
+    log = _Log()
+    with log, _logged_launches(log):
+        outputs = getattr(rsd, function)(*args, **kwargs)
+    return {"outputs": outputs, "launches": log.launches, "operators": log.operators, "largest": log.largest}
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever prints must not get between the answers
+    torch.set_num_threads(1)
+    while header := sys.stdin.buffer.read(8):
+        request = torch.load(io.BytesIO(sys.stdin.buffer.read(*struct.unpack("<q", header))), weights_only=True)
+        try:
+            answer = _answer(**request)
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        buffer = io.BytesIO()
+        torch.save(answer, buffer)
+        answers.write(struct.pack("<q", buffer.tell()) + buffer.getvalue())
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
