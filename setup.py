@@ -2,7 +2,8 @@
 
 Metadata is in pyproject.toml. What is decided here:
 
-* ``kernels/`` is installed as ``xdfast.kernels`` (``package_dir``), never as a top-level ``kernels``.
+* ``kernels/`` is installed as ``xdfast.kernels`` and ``bench/`` as ``xdfast.bench`` (``package_dir``), never as top-level
+  packages of those names.
 * The extension is optional. An isolated build (``pip install .``) sees no torch and builds without it;
   ``pip install --no-build-isolation .`` with torch installed builds it. ``XDFAST_BUILD_EXT=1`` turns a missing or
   failing toolchain into an error, ``XDFAST_BUILD_EXT=0`` skips the extension.
@@ -63,6 +64,10 @@ class BuildPy(build_py):
     """Writes why there is no extension into the package, for a build that does not make one."""
 
     skipped_because: str | None = None
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        modules = super().find_package_modules(package, package_dir)
+        return [m for m in modules if m[1] != "conftest"]  # bench/conftest.py is for pytest in the repository
 
     def run(self) -> None:
         super().run()
@@ -159,8 +164,8 @@ def extension() -> tuple[list[Any], dict[str, Any], str | None]:
 ext_modules, cmdclass, BuildPy.skipped_because = extension()
 
 setup(
-    packages=[*find_packages(include=["xdfast", "xdfast.*"]), "xdfast.kernels"],
-    package_dir={"xdfast": "xdfast", "xdfast.kernels": "kernels"},
+    packages=[*find_packages(include=["xdfast", "xdfast.*"]), "xdfast.kernels", "xdfast.bench"],
+    package_dir={"xdfast": "xdfast", "xdfast.kernels": "kernels", "xdfast.bench": "bench"},
     package_data={"xdfast": ["py.typed", "recipes/*.yaml"], "xdfast.reporting": ["*.j2"]},
     exclude_package_data={"xdfast": ["*.so", INFO_NAME]},  # built in place by an editable install; never shipped
     ext_modules=ext_modules,

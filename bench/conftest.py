@@ -1,11 +1,6 @@
-"""Benchmarks are functions named ``bench_…`` in files named ``bench_….py``; their helpers lie beside them."""
+"""Benchmarks are functions named ``bench_…`` in files named ``bench_….py``; what they measure with is ``xdfast.bench``."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).parent))
 
 
 def pytest_configure(config) -> None:

@@ -15,22 +15,48 @@ from typing import Any
 
 import torch
 
-__all__ = ["interleave", "machine", "ratios"]
+__all__ = ["interleave", "machine", "peak_memory", "ratios"]
 
 
-def interleave(candidates: dict[str, Callable[[], Any]], *, rounds: int, warmup: int = 3) -> dict[str, list[float]]:
-    """Seconds per call of each candidate, one sample a round; the order rotates from round to round."""
+def interleave(
+    candidates: dict[str, Callable[[], Any]],
+    *,
+    budget: float = 20.0,
+    rounds: tuple[int, int] = (5, 60),
+    warmup: int = 3,
+    device: str = "cpu",
+) -> dict[str, list[float]]:
+    """Seconds per call of each candidate, one sample a round; the order rotates from round to round.
+
+    Args:
+        candidates: name → what to time.
+        budget: seconds that all rounds should take together.
+        rounds: at least and at most so many, whatever the budget says.
+        warmup: untimed calls of each candidate before the first round; a call that takes seconds gets one.
+        device: with ``"cuda"`` each sample begins and ends with the device idle.
+    """
+    wait: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+
+    def once(name: str) -> float:
+        wait()
+        begin = time.perf_counter()
+        candidates[name]()
+        wait()
+        return time.perf_counter() - begin
+
     names = list(candidates)
-    for _ in range(warmup):
-        for name in names:
-            candidates[name]()
+    total = 0.0
+    for name in names:
+        taken = [once(name)]
+        while len(taken) < warmup and taken[-1] < 1.0:
+            taken.append(once(name))
+        total += taken[-1]
+    count = max(rounds[0], min(rounds[1], int(budget / total)))
     times: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
+    for number in range(count):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            begin = time.perf_counter()
-            candidates[name]()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(once(name))
     return times
 
 
@@ -46,7 +72,29 @@ def ratios(times: dict[str, list[float]], ours: str) -> dict[str, dict[str, floa
     return result
 
 
-def machine() -> dict[str, Any]:
+def peak_memory(function: Callable[[], Any], device: str = "cpu") -> int:
+    """Bytes that ``function`` has allocated at its worst moment, beyond what there was before; kernels' scratch included.
+
+    On the CPU from the allocator's events in torch's profiler, on CUDA from the caching allocator.
+    """
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    now = peak = 0
+    for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        now += size
+        peak = max(peak, now)
+    return peak
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
     """What the figures were measured on."""
     model = platform.processor() or platform.machine()
     try:
@@ -54,13 +102,17 @@ def machine() -> dict[str, Any]:
             model = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     # With glibc's default, large temporaries are mapped and unmapped at each call; that slows whoever makes more of them.
     malloc = {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")}
-    return {
+    found = {
         "cpu": model,
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "cuda_device": device,
         "malloc": malloc or "default",
     }
+    if device.startswith("cuda"):
+        import triton
+
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": triton.__version__}
+    return found

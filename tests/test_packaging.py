@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import xdfast
 
 ROOT = Path(__file__).resolve().parent.parent
 
-NEEDED = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "csrc", "kernels", "xdfast", "tests"]
+NEEDED = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "csrc", "kernels", "bench", "xdfast", "tests"]
 OPTIONAL = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile"]
 
 
@@ -78,7 +79,8 @@ def test_wheel_without_the_extension_runs_anywhere(wheel):
 
 def test_wheel_holds_every_module_and_its_data(names):
     expected = {f"xdfast/{p.relative_to(ROOT / 'xdfast').as_posix()}" for p in (ROOT / "xdfast").rglob("*.py")}
-    expected |= {f"xdfast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    expected |= {f"xdfast/{room}/{p.name}" for room in ("kernels", "bench") for p in (ROOT / room).glob("*.py")}
+    expected.remove("xdfast/bench/conftest.py")
     expected |= {f"xdfast/recipes/{p.name}" for p in (ROOT / "xdfast/recipes").glob("*.yaml")}
     expected |= {f"xdfast/reporting/{p.name}" for p in (ROOT / "xdfast/reporting").glob("*.j2")}
     assert expected - names == set()
@@ -115,8 +117,8 @@ def test_installed_wheel_imports_from_another_folder(wheel, tmp_path):
     code = "import xdfast, xdfast.kernels, xdfast.ops; print(xdfast.__file__); print(xdfast.kernels.__file__)"
     result = built(run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(target)))
     assert result.stdout.split() == [str(target / "xdfast/__init__.py"), str(target / "xdfast/kernels/__init__.py")]
-    # Nothing named `kernels` was installed beside it.
-    assert not (target / "kernels").exists() and not (target / "kernels.py").exists()
+    # Nothing named `kernels` or `bench` was installed beside it.
+    assert not [name for name in ("kernels", "bench", "kernels.py", "bench.py") if (target / name).exists()]
 
 
 def test_source_archive_can_build_everything(source, tmp_path):
@@ -125,19 +127,19 @@ def test_source_archive_can_build_everything(source, tmp_path):
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     shipped = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu")}
-    shipped |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").glob("*.py")}
+    shipped |= {p.relative_to(ROOT).as_posix() for room in ("kernels", "bench") for p in (ROOT / room).glob("*.py")}
+    shipped.add("bench/gpu.sh")
     shipped |= {"setup.py", "pyproject.toml", "LICENSE", "MANIFEST.in", "xdfast/_version.py"}
     assert "csrc/checks.h" in shipped
     assert shipped - names == set()
     assert not [n for n in names if n.endswith((".so", ".pyc", "_build_info.json"))]
 
 
-def test_this_environment_resolves_the_kernels_to_the_same_tree():
-    import xdfast.kernels
-
+@pytest.mark.parametrize("room", ["kernels", "bench"])
+def test_this_environment_resolves_the_room_to_the_same_tree(room):
     here = Path(xdfast.__file__).resolve().parent
-    expected = ROOT / "kernels" if here == ROOT / "xdfast" else here / "kernels"
-    assert Path(xdfast.kernels.__file__).resolve().parent == expected
+    expected = ROOT / room if here == ROOT / "xdfast" else here / room
+    assert Path(importlib.import_module(f"xdfast.{room}").__file__).resolve().parent == expected
 
 
 def test_repository_root_is_not_on_the_path_of_the_tests():
@@ -148,18 +150,20 @@ def test_repository_root_is_not_on_the_path_of_the_tests():
     )
 
 
-def test_our_folder_does_not_take_the_name_kernels():
+@pytest.mark.parametrize("room", ["kernels", "bench"])
+def test_our_folder_does_not_take_the_name(room):
     """Neither an editable install nor a wheel may claim the import name of another project's package."""
-    code = "import importlib.util as u; s = u.find_spec('kernels'); print('' if s is None else s.origin or 'namespace')"
+    code = f"import importlib.util as u; s = u.find_spec('{room}'); print('' if s is None else s.origin or 'namespace')"
     origin = built(run(sys.executable, "-c", code, cwd=ROOT, PYTHONSAFEPATH="1")).stdout.strip()
     site = [Path(sysconfig.get_path(p)).resolve() for p in ("purelib", "platlib")]
     assert not origin or any(Path(origin).resolve().is_relative_to(s) for s in site), origin
 
 
-def test_kernels_refuses_to_be_a_top_level_package():
-    result = run(sys.executable, "-c", "import kernels", cwd=ROOT)
+@pytest.mark.parametrize("room", ["kernels", "bench"])
+def test_the_room_refuses_to_be_a_top_level_package(room):
+    result = run(sys.executable, "-c", f"import {room}", cwd=ROOT)
     assert result.returncode != 0
-    assert "ImportError: this folder is installed as xdfast.kernels" in result.stderr
+    assert f"ImportError: this folder is installed as xdfast.{room}" in result.stderr
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 __all__ = ["main"]
 
@@ -19,6 +19,7 @@ _VERBS = {
     "evaluate": "top-1/5, k-NN, linear probe, CKA of a run or model",
     "report": "one HTML page and a JSON from finished runs",
     "demo": "scratch, KD and RSD side by side on real images, with a report",
+    "bench": "time the losses against their rivals on this machine",
     "recipes": "list the settings that ship with xdfast",
     "doctor": "versions, devices, backends that would run and why",
 }
@@ -156,6 +157,44 @@ def _demo(args: list[str]) -> None:
     demo(tyro.cli(DemoConfig, args=args, prog="xdfast demo", description=_VERBS["demo"]))
 
 
+@dataclasses.dataclass
+class _BenchOptions:
+    """The cross-correlation loss, forward and backward, against its rivals and the floor of its matrix products.
+
+    All candidates take turns in one run; times are medians. "×" columns say how many times faster ours is; "op / floor"
+    is the kernel alone over its two matrix products alone (below 1: symmetry saves a part of them).
+    """
+
+    what: Literal["rsd"]
+    """Which benchmark."""
+    shapes: tuple[str, ...] = ()
+    """N and D as 128x768; default: all of the committed table up to 1024x768."""
+    both: bool = False
+    """Gradients for both inputs (Barlow Twins) instead of the student's."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    budget: float = 5.0
+    """Seconds of timed rounds for each shape."""
+    compiled: bool = True
+    """Measure the rivals under torch.compile, too."""
+    out: str = ""
+    """Also write the figures to this JSON file."""
+
+
+def _bench(args: list[str]) -> None:
+    import os
+
+    import tyro
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures memory talks on stderr
+    options = tyro.cli(_BenchOptions, args=args, prog="xdfast bench", config=(tyro.conf.PositionalRequiredArgs,))
+    from xdfast.bench.run import run
+
+    values = vars(options)
+    values.pop("what")
+    run(**values)
+
+
 def _recipes(args: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -182,6 +221,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "evaluate": _evaluate,
     "report": _report,
     "demo": _demo,
+    "bench": _bench,
     "recipes": _recipes,
     "doctor": _doctor,
 }

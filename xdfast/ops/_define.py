@@ -51,17 +51,25 @@ def define_op(
     if backward is None or setup_context is None:
         return op
     op.register_autograd(backward, setup_context=setup_context)
-    eager: Any = type(f"xdfast_{name}", (torch.autograd.Function,), {
-        "forward": staticmethod(without_autocast),
-        "setup_context": staticmethod(setup_context),
-        "backward": staticmethod(backward),
-    })  # fmt: skip
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = without_autocast(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    # With setup_context as a method of its own, apply() inspects signatures at every call: 25 µs.
+    rules = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    eager: Any = type(f"xdfast_{name}", (torch.autograd.Function,), rules)
 
     def call(*args: Any) -> Any:
         return op(*args) if torch.compiler.is_compiling() or _watched(args) else eager.apply(*args)
 
     call.__name__ = call.__qualname__ = name
     return call
+
+
+#: Types of arguments that need no closer look.
+_PLAIN = frozenset({torch.Tensor, nn.Parameter, float, int, bool, str, type(None)})
 
 
 def _watched(args: tuple[Any, ...]) -> bool:
@@ -71,5 +79,5 @@ def _watched(args: tuple[Any, ...]) -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.jit.is_tracing()
-        or any(isinstance(a, torch.Tensor) and type(a) not in (torch.Tensor, nn.Parameter) for a in args)
+        or any(isinstance(a, torch.Tensor) for a in args if type(a) not in _PLAIN)
     )
