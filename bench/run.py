@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -78,7 +77,7 @@ def run(
                 _write(Path(out), {"machine": about, "results": results})
             progress.advance(task)
     title = "Barlow Twins, both gradients" if both else "RSD, student gradient"
-    table = Table(title=f"{title}: ours against its rivals", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(title=f"{title}: ours against its rivals", box=None, padding=(0, 1, 0, 0))
     for heading in SHORT_HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows(results):
