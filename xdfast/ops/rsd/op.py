@@ -13,7 +13,7 @@ from xdfast.ops.rsd import native
 from xdfast.ops.rsd.fast import PRECISIONS, Outputs, compute_dtype, prepare_torch, rsd_forward
 from xdfast.ops.rsd.reference import rsd_loss_reference
 
-__all__ = ["reference_components", "rsd_loss_op", "rsd_prepare_op"]
+__all__ = ["reference_components", "resolve_precision", "rsd_loss_op", "rsd_prepare_op"]
 
 _NAME = "rsd_loss"
 
@@ -140,4 +140,9 @@ def resolve_precision(precision: str, device: str) -> str:
     if torch.is_autocast_enabled(device):
         name = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
         return name if name in PRECISIONS else "float32"
-    return {"highest": "float32", "high": "tf32", "medium": "bfloat16"}[torch.get_float32_matmul_precision()]
+    return {"highest": "float32", "high": "tf32", "medium": "bfloat16"}[_matmul_precision()]
+
+
+@torch.compiler.assume_constant_result  # the compiler cannot trace a call that returns a string
+def _matmul_precision() -> str:
+    return torch.get_float32_matmul_precision()
