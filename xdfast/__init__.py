@@ -14,6 +14,7 @@ _PUBLIC = {
     # drop-in pieces
     "RSDLoss": "xdfast.losses.rsd",
     "BarlowTwinsLoss": "xdfast.losses.barlow_twins",
+    "VICRegLoss": "xdfast.losses.vicreg",
     "KDLoss": "xdfast.losses.kd",
     "FeatureMSELoss": "xdfast.losses.feature",
     "AAD": "xdfast.nn.aad",
@@ -43,6 +44,7 @@ __all__ = [
     "FinetuneConfig",
     "KDLoss",
     "RSDLoss",
+    "VICRegLoss",
     "__version__",
     "backend",
     "create_loss",
@@ -62,6 +64,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; nothing of it runs
     from xdfast.losses.feature import FeatureMSELoss
     from xdfast.losses.kd import KDLoss
     from xdfast.losses.rsd import RSDLoss
+    from xdfast.losses.vicreg import VICRegLoss
     from xdfast.models import create_model
     from xdfast.nn.aad import AAD
     from xdfast.ops import backend, prepare_teacher, rsd_loss

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from xdfast.losses.barlow_twins import BarlowTwinsLoss
 from xdfast.losses.base import DistillLoss, create_loss, list_losses, register_loss
 from xdfast.losses.feature import FeatureMSELoss
 from xdfast.losses.kd import KDLoss
 from xdfast.losses.rsd import RSDLoss
+from xdfast.losses.vicreg import VICRegLoss
 
-__all__ = ["DistillLoss", "FeatureMSELoss", "KDLoss", "RSDLoss", "create_loss", "list_losses", "register_loss"]
+__all__ = [
+    "BarlowTwinsLoss",
+    "DistillLoss",
+    "FeatureMSELoss",
+    "KDLoss",
+    "RSDLoss",
+    "VICRegLoss",
+    "create_loss",
+    "list_losses",
+    "register_loss",
+]

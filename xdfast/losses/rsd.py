@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from xdfast.losses.base import DistillLoss, register_loss
 from xdfast.ops._checks import check_choice, check_number
-from xdfast.ops.rsd import REDUCTIONS, PreparedTeacher, RSDComponents, prepare_teacher, rsd_loss
+from xdfast.ops._group import group_name
+from xdfast.ops.rsd import (
+    REDUCTIONS,
+    PreparedTeacher,
+    RSDComponents,
+    prepare_teacher,
+    rsd_loss,
+    rsd_loss_distributed,
+)
 from xdfast.ops.rsd.fast import PRECISIONS
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["RSDLoss"]
 
@@ -26,8 +39,11 @@ class RSDLoss(DistillLoss):
     On two logit matrices it is the paper's logit distiller. ``kappa=0`` is the invariance-only ablation;
     :class:`xdfast.AAD` with ``expansion=0`` the one without AAD.
 
-    The order of arguments is (student, teacher). Statistics are per process, as in the paper: two ranks of 128 are
-    not one batch of 256.
+    The order of arguments is (student, teacher). Statistics are per process by default, as in the paper: two ranks of
+    128 are not one batch of 256. With ``statistics="global"`` they are: mean, std, P, loss and gradient are those of
+    all rows of all ranks (:func:`xdfast.ops.rsd.rsd_loss_distributed` has the details), in one process the same as
+    ``"local"``. Gradients then carry a factor, the number of ranks, that DistributedDataParallel and FSDP divide out
+    again. Accumulating gradients over micro-batches enlarges neither: statistics are of one micro-batch.
 
     Args:
         kappa: κ ≥ 0, weight of the off-diagonal part.
@@ -38,12 +54,21 @@ class RSDLoss(DistillLoss):
         return_components: return :class:`xdfast.ops.rsd.RSDComponents` (loss with weight; invariance,
             decorrelation and mean diagonal without) instead of the loss alone.
         on: what ``xdfast.distill`` feeds it, ``"features"`` or ``"logits"``.
+        statistics: ``"local"`` or ``"global"``. Keyword only, as are the next three, which concern ``"global"``:
+        group: process group; None is the default group.
+        ddp_average: multiply gradients by the number of ranks, for a DDP or FSDP that averages them.
+        uneven: ranks may hold different numbers of rows, also none, and an error on one is raised on all; costs a
+            message of three integers that the host waits for. False promises equal batches and saves it.
 
     Shape:
-        student, teacher: [N, D], N ≥ 2, any floating dtype. Output: scalar, float32 (float64 if an input is).
+        student, teacher: [N, D], N ≥ 2 (global: in all ranks together), any floating dtype. Output: scalar, float32
+        (float64 if an input is).
 
     Raises:
-        ValueError, TypeError: see :func:`xdfast.rsd_loss`; here at construction for bad options.
+        ValueError, TypeError: see :func:`xdfast.rsd_loss`; here at construction for bad options, ``group`` with local
+            statistics, a prepared teacher with global ones.
+        RuntimeError: ranks disagree, or a second derivative of global statistics; see
+            :func:`xdfast.ops.rsd.rsd_loss_distributed`.
 
     Reference:
         Zhang et al., "Cross-Architecture Distillation Made Simple with Redundancy Suppression", ICCV 2025,
@@ -67,6 +92,11 @@ class RSDLoss(DistillLoss):
         precision: str = "float32",
         return_components: bool = False,
         on: str = "features",
+        *,
+        statistics: str = "local",
+        group: ProcessGroup | str | None = None,
+        ddp_average: bool = True,
+        uneven: bool = True,
     ) -> None:
         super().__init__(weight)
         self.kappa = check_number("kappa", kappa, minimum=0)
@@ -75,13 +105,37 @@ class RSDLoss(DistillLoss):
         check_choice("precision", precision, ("auto", *PRECISIONS))
         if on not in ("features", "logits"):
             raise ValueError(f"on must be 'features' or 'logits', got {on!r}")
+        check_choice("statistics", statistics, ("local", "global"))
+        if statistics == "local" and group is not None:
+            raise ValueError(
+                'group has a meaning only with statistics="global", got statistics="local"; drop one of them'
+            )
         self.reduction, self.precision, self.return_components, self.on = reduction, precision, return_components, on
+        self.statistics, self.ddp_average, self.uneven = statistics, ddp_average, uneven
+        # The name, not the object: a module has to survive deepcopy and pickle, a process group does not.
+        self.group = None if group is None else group_name(group)
 
     def prepare(self, teacher: Tensor) -> PreparedTeacher:
-        """The teacher's half of the work for a batch [N, D] that is used repeatedly; pass it as ``teacher``."""
+        """The teacher's half of the work for a batch [N, D] that is used repeatedly; pass it as ``teacher``.
+
+        Raises:
+            ValueError: with ``statistics="global"``: those of all ranks are not known here.
+        """
+        if self.statistics == "global":
+            raise ValueError(
+                'a prepared teacher holds the statistics of one process\'s rows and cannot serve statistics="global"; '
+                'pass the teacher\'s embedding itself, or make the loss with statistics="local"'
+            )
         return prepare_teacher(teacher, eps=self.eps, precision=self.precision)
 
     def forward(self, student: Tensor, teacher: Tensor | PreparedTeacher) -> Tensor | RSDComponents:
+        if self.statistics == "global":
+            # A PreparedTeacher is refused there, on all ranks.
+            return rsd_loss_distributed(
+                student, teacher, group=self.group, ddp_average=self.ddp_average, uneven=self.uneven, kappa=self.kappa,
+                eps=self.eps, reduction=self.reduction, weight=self.weight, precision=self.precision,
+                return_components=self.return_components,
+            )  # fmt: skip
         return rsd_loss(
             student,
             teacher,
@@ -96,5 +150,5 @@ class RSDLoss(DistillLoss):
     def extra_repr(self) -> str:
         return (
             f"kappa={self.kappa:g}, weight={self.weight:g}, eps={self.eps:g}, reduction={self.reduction!r}, "
-            f"precision={self.precision!r}"
+            f"precision={self.precision!r}, statistics={self.statistics!r}"
         )

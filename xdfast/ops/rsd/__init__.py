@@ -9,11 +9,12 @@ from torch import Tensor
 
 from xdfast.ops import _backends
 from xdfast.ops._checks import check_choice, check_matrix, check_number, check_pair
+from xdfast.ops.rsd import flops as _flops  # noqa: F401  (registers the FLOP formula)
 from xdfast.ops.rsd.fast import EPS_MODES, PRECISIONS
 from xdfast.ops.rsd.op import reference_components, resolve_precision, rsd_loss_op
 from xdfast.ops.rsd.prepared import PreparedTeacher, prepare_teacher
 
-__all__ = ["REDUCTIONS", "PreparedTeacher", "RSDComponents", "prepare_teacher", "rsd_loss"]
+__all__ = ["REDUCTIONS", "PreparedTeacher", "RSDComponents", "prepare_teacher", "rsd_loss", "rsd_loss_distributed"]
 
 #: What the sum over the D×D matrix is divided by.
 REDUCTIONS = ("sum", "feature", "mean")
@@ -130,3 +131,7 @@ def rsd_loss(
     if divisor != 1:
         invariance, decorrelation = invariance / divisor, decorrelation / divisor
     return RSDComponents(loss, invariance, decorrelation, mean_diagonal)
+
+
+# Last, because it is built on the names above.
+from xdfast.ops.rsd.distributed import rsd_loss_distributed  # noqa: E402
