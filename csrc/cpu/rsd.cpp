@@ -33,7 +33,7 @@ namespace {
 constexpr int64_t kSerialWork = 1 << 18;      // multiply-adds below which a second thread wakes up too late
 constexpr int64_t kBlockBytes = 512 << 10;    // of a thread's [N, w] block: half of a usual L2 cache
 constexpr int64_t kBlockColumns = 256;        // widest block
-constexpr int64_t kTileRows = 128;            // rows of a tile of P
+constexpr int64_t kTileRows = 256;            // rows of a tile of P
 constexpr int64_t kStripRows = 256;           // rows of a block of the gradient for N >= D
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
@@ -99,9 +99,9 @@ class CrossCorrelation {
         ld_(round_up(D_, 16) + 16),  // no power of two: rows a power of two apart share few cache sets
         ldn_(round_up(N_, 32) + 32),
         strips_(N_, N_ <= 256 ? 32 : 64, 2, 1),
-        tiles_(D_, kTileRows, 32, 1),
+        tiles_(D_, kTileRows, 32, threads_),
         panels_(D_, kBlockColumns, 64, threads_),
-        blocks_(D_, std::clamp<int64_t>(kBlockBytes / (4 * N_) / 32 * 32, 64, kBlockColumns), 32, threads_) {
+        blocks_(D_, std::clamp<int64_t>(kBlockBytes / (4 * block_rows()) / 32 * 32, 64, kBlockColumns), 32, threads_) {
     // Partial Gram matrices over parts of D, where there are more threads than strips; within O(N D) memory.
     parts_ = std::max<int64_t>(1, std::min({2 * threads_ / strips_.count, D_ / N_, D_ / 64}));
     part_columns_ = round_up((D_ + parts_ - 1) / parts_, 64);
@@ -178,7 +178,7 @@ class CrossCorrelation {
       }
     }
     if (gradient_) {
-      block_stride_ = round_up((gram_form_ ? N_ : std::min(N_, kStripRows)) * (blocks_.width + 16), 16);
+      block_stride_ = round_up(block_rows() * (blocks_.width + 16), 16);
       block_ = arena.take<float>(threads_ * block_stride_);
     }
   }
@@ -325,6 +325,9 @@ class CrossCorrelation {
     return total;
   }
 
+  // Rows of a block of U: all of them, because f needs whole columns, or a strip where f is known before.
+  int64_t block_rows() const { return gram_form_ ? N_ : std::min(N_, kStripRows); }
+
   double product_unit() const { return o_.bf16 ? 1.0 / static_cast<double>(N_) : 1.0; }
 
   // Column blocks (and for N >= D strips of rows) of the gradients, one side after the other.
@@ -343,7 +346,7 @@ class CrossCorrelation {
         write_gradient(own, other, 0, N_, c, columns, u, ldu, static_cast<double>(D_));
       } else {
         const int64_t i = strip * kStripRows, rows = std::min(kStripRows, N_ - i);
-        product_block(own, other, teacher, i, rows, c, columns, u, ldu);
+        product_block(other, teacher, i, rows, c, columns, u, ldu);
         write_gradient(own, other, i, rows, c, columns, u, ldu, product_unit() * static_cast<double>(N_));
       }
     });
@@ -363,7 +366,7 @@ class CrossCorrelation {
 
   // u = z_other @ P or z_other @ P^T, rows [i, i + rows)
   void product_block(
-      const Side&, const Side& other, bool teacher, int64_t i, int64_t rows, int64_t c, int64_t columns, float* u,
+      const Side& other, bool teacher, int64_t i, int64_t rows, int64_t c, int64_t columns, float* u,
       int64_t ldu) {
     if (o_.bf16) {
       bf16_gemm(rows, columns, round_up(D_, 2), other.rows + i * ld_, ld_,

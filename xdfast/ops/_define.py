@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["define_op"]
+__all__ = ["define_op", "is_one"]
 
 
 def define_op(
@@ -80,4 +80,14 @@ def _watched(args: tuple[Any, ...]) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.jit.is_tracing()
         or any(isinstance(a, torch.Tensor) for a in args if type(a) not in _PLAIN)
+    )
+
+
+def is_one(grad: torch.Tensor) -> bool:
+    """Whether an incoming gradient is the number 1, where looking is free: a plain CPU tensor that nothing traces.
+
+    A saved gradient may then be returned as it is, without a pass over it: autograd copies what others still hold.
+    """
+    return (
+        grad.device.type == "cpu" and not torch.compiler.is_compiling() and not _watched((grad,)) and grad.item() == 1
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from xdfast.ops._backends import Backend, register_table, select
-from xdfast.ops._define import define_op
+from xdfast.ops._define import define_op, is_one
 from xdfast.ops.rsd import native
 from xdfast.ops.rsd.fast import PRECISIONS, Outputs, compute_dtype, prepare_torch, rsd_forward
 from xdfast.ops.rsd.reference import rsd_loss_reference
@@ -74,6 +74,8 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
         # create_graph=True: the saved gradient is a number to autograd, its own derivative would be silently lost.
         # The reference equation is differentiable to any order.
         grad_s, grad_t = _differentiable_gradients(ctx, student, teacher)
+    elif is_one(grad):
+        return grad_s if ctx.need_student else None, grad_t if ctx.need_teacher else None, *(None,) * 9
     out_s = grad_s * grad.to(grad_s.dtype) if ctx.need_student else None
     out_t = grad_t * grad.to(grad_t.dtype) if ctx.need_teacher else None
     return out_s, out_t, *(None,) * 9
