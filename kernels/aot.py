@@ -2,7 +2,7 @@
 
 ``python -m xdfast.kernels.aot`` prints registers, spilled bytes and shared memory per (kernel, architecture, product
 dtype, tile, variant) and exits with 1 if anything spills or needs more shared memory than the architecture has.
-Arguments: architectures, e.g. ``80 90``, and kernels, e.g. ``product`` (default: all of the table).
+Arguments restrict it: architectures (``80 90``), kernels (``product``), product dtypes (``bf16``).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _POINTERS |= dict.fromkeys(("z_ptr", "student_ptr", "teacher_ptr"), "*z")
 _POINTERS |= dict.fromkeys(("counter_ptr", "tile_counter_ptr"), "*i32")  # the other pointers are fp32
 _FLOATS = ("eps", "kappa", "scale")
 _ONES = ("s_col", "t_col")  # contiguous rows
-_ALIGNED = ("ld", "plane", "chunk")  # divisible by 16 whatever the shape
-_ALIGNED_IF_SHAPE = ("d", "s_row", "t_row", "ldc")  # N and D divisible by 16
+_ALIGNED = ("ld", "ldc", "plane", "chunk")  # divisible by 16 whatever the shape
+_ALIGNED_IF_SHAPE = ("d", "s_row", "t_row")  # D divisible by 16
 
 
 class Variant(NamedTuple):
@@ -48,7 +48,7 @@ class Variant(NamedTuple):
     Attributes:
         inputs: dtype of student, teacher and their gradients.
         constants: constexprs besides those of the tile.
-        aligned: N and D are divisible by 16.
+        aligned: D is divisible by 16.
     """
 
     inputs: str
@@ -96,7 +96,9 @@ def variants(kernel: str, product: str) -> list[Variant]:
     else:
         combinations = needs
     found = [Variant(usual, c) for c in combinations]
-    if kernel != "product" and usual != "fp32":  # the product sees neither the inputs' dtype nor the gradients'
+    if kernel == "product":  # which sees neither the inputs' dtype nor D
+        return found
+    if usual != "fp32":
         found += [Variant("fp32", c) for c in combinations[:2]]
     return found + [Variant(usual, c, aligned=False) for c in combinations[:2]]
 
@@ -125,7 +127,7 @@ def compile_kernel(
             signature[name] = kind.replace("*x", f"*{variant.inputs}").replace("*z", f"*{matrices}")
         else:
             signature[name] = "fp32" if name in _FLOATS else "i32"
-        always = name.endswith("_ptr") or name in _ALIGNED or (name == "ldc" and kernel != "product")  # `teacher_gram`
+        always = name.endswith("_ptr") or name in _ALIGNED
         if name not in constants and (always or (variant.aligned and name in _ALIGNED_IF_SHAPE)):
             aligned.append(name)
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
@@ -164,12 +166,14 @@ def _assemble(ptx: str, arch: int) -> tuple[int, int]:
 
 
 def compile_all(
-    archs: Sequence[int] = configs.ARCHITECTURES, kernels: Sequence[str] = configs.KERNELS
+    archs: Sequence[int] = configs.ARCHITECTURES,
+    kernels: Sequence[str] = configs.KERNELS,
+    products: Sequence[str] = configs.PRODUCTS,
 ) -> Iterator[Compiled]:
     """Every (kernel, architecture, product dtype, tile, variant) of the table."""
     for arch in archs:
         for kernel in kernels:
-            for product in configs.PRODUCTS:
+            for product in products:
                 for tile in configs.tiles(kernel, arch, product):
                     for variant in variants(kernel, product):
                         yield compile_kernel(kernel, arch, product, tile, variant)
@@ -191,13 +195,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; 1 if a kernel spills or does not fit."""
     arguments = sys.argv[1:] if argv is None else argv
     archs = tuple(int(a) for a in arguments if a.isdigit()) or configs.ARCHITECTURES
-    kernels = tuple(a for a in arguments if not a.isdigit()) or configs.KERNELS
+    kernels = tuple(a for a in arguments if a in configs.KERNELS) or configs.KERNELS
+    products = tuple(a for a in arguments if a in configs.PRODUCTS) or configs.PRODUCTS
+    unknown = {a for a in arguments if not a.isdigit()} - {*configs.KERNELS, *configs.PRODUCTS}
+    if unknown:
+        print(f"not in the table: {' '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
     bad = 0
     print(
         f"{'kernel':21} {'arch':6} {'prod':5} {'rows':>5} {'cols':>4} {'warps':>5} {'depth':>5} {'regs':>5} "
         f"{'spill B':>7} {'smem B':>7} {'by':8} variant"
     )
-    for c in compile_all(archs, kernels):
+    for c in compile_all(archs, kernels, products):
         t, wrong = c.tile, problems(c)
         bad += bool(wrong)
         print(

@@ -51,7 +51,7 @@ _STANDARDIZE_RESIDENT = (
     Tile(512, 512, 16, 16),
     Tile(1024, 1024, 8, 16),
 )
-_STANDARDIZE_STREAM = (Tile(None, 128, 16, 4, 1),)
+_STANDARDIZE_STREAM = (Tile(None, 128, 16, 8),)
 
 _HALF = {
     "product": (Tile(256, 32, 32, 4, 3, 64), Tile(1024, 64, 64, 4, 3, 64), Tile(None, 128, 128, 8, 3, 64)),
@@ -66,15 +66,16 @@ _HALF = {
     "gradient_parked": (Tile(None, 128, 32, 4, 3, 64),),
     "gradient_covariance": (Tile(1024, 64, 64, 4, 3, 64), Tile(None, 128, 64, 8, 3, 64)),
 }
-# Blackwell's tensor cores take 4 or 8 warps. The three rows of its own: with 4 warps the small tiles spill a few bytes
-# (16 to 32, under Triton 3.9), with 16 warps 512 rows spill and fall back to mma.sync.
+# Blackwell's tensor cores take 4 or 8 warps. The rows of its own, each the nearest that spills nothing under Triton 3.5
+# and 3.9 (most often the assembler aims at 64, 80 or 128 registers there and just misses): 2 warps or 16 are mma.sync.
 _HALF_100 = _HALF | {
     "product": (_HALF["product"][0], Tile(1024, 64, 64, 8, 3, 64), _HALF["product"][2]),
     "gradient_resident": (
         *_HALF["gradient_resident"][:2],
         Tile(64, 64, 16, 2, 2, 64),
-        *_HALF["gradient_resident"][3:5],
-        Tile(512, 512, 16, 8, 2, 64),
+        _HALF["gradient_resident"][3],
+        Tile(256, 256, 16, 8, 2, 64),
+        Tile(512, 512, 16, 16, 2, 32),
     ),
 }
 _TF32 = {
@@ -90,7 +91,7 @@ _TF32 = {
     "gradient_covariance": (Tile(None, 64, 64, 4, 3, 32),),
 }
 _FP32 = {
-    "product": (Tile(256, 32, 32, 4, 3, 16), Tile(None, 64, 64, 8, 3, 16)),
+    "product": (Tile(256, 32, 32, 4, 3, 16), Tile(None, 64, 64, 4, 3, 16)),
     "gradient_resident": (
         Tile(16, 16, 16, 1, 2, 16),
         Tile(32, 32, 16, 1, 2, 16),

@@ -254,7 +254,8 @@ def teacher_gram(
     eps_mode: str,
     precision: str,
 ) -> Tensor:
-    """T Tᵀ / D of the standardised teacher, for :func:`rsd_forward` when the same teacher batch comes again.
+    """T Tᵀ / D of the standardised teacher in two launches (and a copy where N is not divisible by 16), for
+    :func:`rsd_forward` when the same teacher batch comes again.
 
     Args:
         teacher: as in :func:`rsd_forward_with_loss`.
@@ -273,7 +274,7 @@ def teacher_gram(
     aux = torch.empty(5 * ld, dtype=torch.float32, device=device)
     parts = torch.empty(step.parts, dtype=torch.float32, device=device)
     counter = torch.empty(step.tiles, dtype=torch.int32, device=device)
-    gram = torch.empty((n, n), dtype=dtype, device=device)
+    gram = torch.empty((n, _up(n)), dtype=dtype, device=device)
     with torch.cuda.device_of(teacher):
         kernel[grid](
             teacher, teacher, z, aux, counter, step.tiles, n, d, ld, n * ld, teacher.stride(0), teacher.stride(1),
@@ -281,6 +282,6 @@ def teacher_gram(
         )  # fmt: skip
         kernel, grid, options = step.launch
         kernel[grid](
-            z, gram, gram, parts, aux, counter, n, ld, n * ld, n, step.chunk, 1 / d, **options
+            z, gram, gram, parts, aux, counter, n, ld, n * ld, _up(n), step.chunk, 1 / d, **options
         )  # fmt: skip
-    return gram
+    return gram if n == gram.shape[1] else gram[:, :n].contiguous()

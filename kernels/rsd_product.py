@@ -88,7 +88,7 @@ def product(
     n,
     ld,
     plane,  # N · ld
-    ldc,  # leading dimension of the multipliers; columns N … ldc become zero
+    ldc,  # leading dimension of the multipliers, N or D rounded up to 16; columns N … ldc become zero
     chunk,  # contraction length of a split, a multiple of DEPTH
     scale,
     GRAM: tl.constexpr,
@@ -143,8 +143,12 @@ def product(
         tl.store(parts + tl.program_id(1) * (SIZE * SIZE), acc)
         if arrive(counter_ptr + here) == SPLITS - 1:
             acc = tl.load(parts, cache_modifier=".cg")
-            for part in tl.static_range(1, SPLITS):
-                acc += tl.load(parts + part * (SIZE * SIZE), cache_modifier=".cg")
+            if SIZE < 128:  # all loads in flight at once; a large tile has not the registers for it
+                for part in tl.static_range(1, SPLITS):
+                    acc += tl.load(parts + part * (SIZE * SIZE), cache_modifier=".cg")
+            else:
+                for part in range(1, SPLITS):
+                    acc += tl.load(parts + part * (SIZE * SIZE), cache_modifier=".cg")
             _store(
                 student_ptr, teacher_ptr, sums_ptr, acc * scale, tile_row, tile_column, n, ld, ldc, across,
                 GRAM, STUDENT, TEACHER, SIZE,

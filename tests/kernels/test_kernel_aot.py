@@ -29,7 +29,7 @@ def test_largest_tile_does_not_spill(kernel, arch, product):
     _check(compiled)
     if compiled.tile.depth:
         tensor_cores = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}[arch]
-        assert compiled.instruction == ("fma" if product == "fp32" else tensor_cores)
+        assert compiled.instruction == ("fma" if product == "fp32" else tensor_cores), compiled
 
 
 @pytest.mark.parametrize("kernel", [k for k in configs.KERNELS if not k.startswith("standardize")])
@@ -103,8 +103,13 @@ def test_groups_do_not_outnumber_the_row_tiles():
     assert configs.groups(90, blocks=1000, row_tiles=50) == 1
 
 
-def test_main_prints_a_row_per_tile(capsys):
-    assert aot.main(["90", "gradient_parked"]) == 0
+def test_main_prints_a_row_per_variant(capsys):
+    assert aot.main(["90", "gradient_parked", "fp32"]) == 0
     out = capsys.readouterr().out
-    assert out.count("gradient_parked") == sum(len(aot.variants("gradient_parked", p)) for p in configs.PRODUCTS)
+    assert out.count("gradient_parked") == len(aot.variants("gradient_parked", "fp32"))
     assert "0 of the above spill" in out
+
+
+def test_main_says_what_it_does_not_know(capsys):
+    assert aot.main(["90", "gradient_packed"]) == 2
+    assert "gradient_packed" in capsys.readouterr().err
