@@ -31,7 +31,8 @@ def _count(
     student: Any, teacher: Any, kappa: Any, eps: Any, eps_mode: Any, precision: Any, scale: Any, *rest: Any, **_: Any
 ) -> int:
     need_student, need_teacher, _statistics, gram = rest
-    return rsd_flops(*student, need_student, need_teacher, gram is not None)
+    n, d = student
+    return rsd_flops(n, d, need_student, need_teacher, gram is not None)
 
 
 def rsd_flops_from_fvcore(inputs: list[Any], outputs: list[Any]) -> int:
