@@ -49,6 +49,23 @@ def run(file: Path, world: int, folder: Path) -> dict[str, str]:
     }
 
 
+def all_reduce(x):
+    """Sum over ranks whose backward is the sum over ranks: torch.distributed.nn.all_reduce, which torch deprecates."""
+    import torch
+    import torch.distributed as dist
+
+    class Sum(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            y = y.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(y)
+            return y
+
+        backward = staticmethod(lambda ctx, grad: Sum.forward(ctx, grad))
+
+    return Sum.apply(x)
+
+
 def _process(file: Path, world: int, folder: Path, rank: int) -> None:
     import torch
     import torch.distributed as dist

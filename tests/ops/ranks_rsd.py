@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import all_reduce
 from tolerances import TOLERANCES, relative
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -248,13 +249,13 @@ def check_a_constant_column_has_the_gradient_of_the_equation() -> None:
 
 
 def check_average_is_the_loss_of_the_mean_correlation() -> None:
-    """Against autograd through torch.distributed.nn.all_reduce, whose backward sums over ranks."""
+    """Against autograd through all_reduce, whose backward sums over ranks."""
     for counts, d, both in itertools.product(SPLITS[:2], WIDTHS, (False, True)):
         student, teacher = batch(counts, d)
         s, t = own(student, counts).requires_grad_(), own(teacher, counts).requires_grad_(both)
         wanted_of = [s, t][: 1 + both]
         c = standardize(t, 1e-5).T @ standardize(s, 1e-5) / len(s)
-        c = torch.distributed.nn.all_reduce(c / WORLD)
+        c = all_reduce(c / WORLD)
         diagonal = c.diagonal()
         expected = (diagonal - 1).square().sum() + 0.3 * (c.square().sum() - diagonal.square().sum())
         loss = rsd_loss_distributed(s, t, statistics="average", kappa=0.3)

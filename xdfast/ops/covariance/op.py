@@ -58,7 +58,7 @@ def _variance_covariance(
 
     grad = x.new_empty(0, 0)
     if cross.u is not None:
-        slope = -variance_weight / d * (std < 1) / std
+        slope = -variance_weight / d * (std < 1).double() / std
         if cross.inside:
             slope -= 4 * covariance_weight / d * cross.diagonal
         grad = cross.u.mul_(4 * covariance_weight / d).addcmul_(z, slope.to(dtype))
