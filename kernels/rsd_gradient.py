@@ -236,8 +236,8 @@ def gradient_parked(
 @triton.jit(do_not_specialize=["n", "parts"])
 def gradient_covariance(
     z_ptr,
-    student_ptr,  # P [ld, ld]
-    teacher_ptr,  # Pᵀ [ld, ld]
+    student_ptr,  # Pᵀ [ld, ld]: of T P, column j of P is read along k, as tensor cores want tf32
+    teacher_ptr,  # P [ld, ld], for S Pᵀ
     sums_ptr,  # [2, parts, ld] fp32: Σ_k≠j P_kj² in parts, for the student's columns and for the teacher's
     aux_ptr,
     counter_ptr,
@@ -280,7 +280,7 @@ def gradient_covariance(
             k = first + tl.arange(0, DEPTH)
             a = tl.load(other_ptr + line + k[None, :], mask=(row < n)[:, None] & (k < ld)[None, :], other=0.0)
             b_mask = (k < ld)[:, None] & inside[None, :]
-            b = tl.load(multiplier + k.to(tl.int64)[:, None] * ld + wide, mask=b_mask, other=0.0)
+            b = tl.load(multiplier + wide * ld + k[:, None], mask=b_mask, other=0.0)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
         c, g = _weights(p, off + p * p, n, kappa)
         mask = (row < n)[:, None] & inside[None, :]

@@ -46,7 +46,7 @@ def _store_covariance(
     student_ptr, teacher_ptr, sums_ptr, c, tile_row, tile_column, ld, across,
     STUDENT: tl.constexpr, TEACHER: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Writes a finished tile of P as P and as Pᵀ, and its sums of squares off the diagonal, from fp32."""
+    """Writes a finished tile of P as Pᵀ and as P, and its sums of squares off the diagonal, from fp32."""
     i = tile_row * SIZE + tl.arange(0, SIZE)
     j = tile_column * SIZE + tl.arange(0, SIZE)
     mask = (i < ld)[:, None] & (j < ld)[None, :]
@@ -57,9 +57,9 @@ def _store_covariance(
         tl.store(sums_ptr + (across + tile_column) * ld + i, tl.sum(off * off, 1), mask=i < ld)
     c = c.to(student_ptr.dtype.element_ty)
     if STUDENT:
-        tl.store(student_ptr + i.to(tl.int64)[:, None] * ld + j[None, :], c, mask=mask)
+        tl.store(student_ptr + j.to(tl.int64)[:, None] * ld + i[None, :], tl.trans(c), mask=tl.trans(mask))
     if TEACHER:
-        tl.store(teacher_ptr + j.to(tl.int64)[:, None] * ld + i[None, :], tl.trans(c), mask=tl.trans(mask))
+        tl.store(teacher_ptr + i.to(tl.int64)[:, None] * ld + j[None, :], c, mask=mask)
 
 
 @triton.jit
@@ -80,8 +80,8 @@ def _store(
 @triton.jit(do_not_specialize=["n"])
 def product(
     z_ptr,  # [2, N, ld] product dtype
-    student_ptr,  # multiplier of the student's gradient: T Tᵀ / D [N, ldc] or P [ld, ld], product dtype
-    teacher_ptr,  # multiplier of the teacher's gradient: S Sᵀ / D [N, ldc] or Pᵀ [ld, ld]
+    student_ptr,  # multiplier of the student's gradient: T Tᵀ / D [N, ldc] or Pᵀ [ld, ld], product dtype
+    teacher_ptr,  # multiplier of the teacher's gradient: S Sᵀ / D [N, ldc] or P [ld, ld]
     parts_ptr,  # [sources · tiles, SPLITS, SIZE, SIZE] fp32
     sums_ptr,  # covariance: [2, tiles across, ld] fp32, Σ P² off the diagonal by column (k of a tile row), by row
     counter_ptr,  # [sources · tiles] int32, zero

@@ -13,6 +13,7 @@ import os
 import struct
 import sys
 import traceback
+from dataclasses import replace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +25,8 @@ _SMALL = configs.Tile(limit=None, rows=16, columns=16, warps=1, depth=16)
 _TABLES = {
     # No resident tiles: streaming statistics, U parked, many tiles of every product.
     "small": {kernel: () if kernel.endswith("resident") else (_SMALL,) for kernel in configs.KERNELS},
+    # Many tiles along a side of the product, quickly.
+    "small product": {"product": (replace(_SMALL, depth=128),)},
 }
 _original = {name: getattr(configs, name) for name in ("tiles", "groups", "splits")}
 
@@ -68,7 +71,7 @@ def _answer(function, args, kwargs, table=None, groups=None, splits=None):
     for name, value in _original.items():
         setattr(configs, name, value)
     if table:
-        configs.tiles = lambda kernel, arch, product: _TABLES[table][kernel]
+        configs.tiles = lambda kernel, *key: _TABLES[table].get(kernel, _original["tiles"](kernel, *key))
     if groups:
         configs.groups = lambda arch, blocks, row_tiles: min(groups, row_tiles)
     if splits:

@@ -138,6 +138,13 @@ def test_kernels_for_large_shapes(interpreter, shape, groups, splits, precision)
     check(got.outputs, s, t, (True, True), precision)
 
 
+def test_more_parts_than_one_load_takes(interpreter):
+    s, t = pair(300, 260)  # 17 tiles of 16 columns; 16 of their sums are read at once
+    options = (KAPPA, EPS, "std", "float32", True, True)
+    got = interpreter("rsd_forward_with_loss", s, t, *options, table="small product", splits=1)
+    check(got.outputs, s, t, (True, True), "float32")
+
+
 @pytest.mark.parametrize("shape", [(48, 80), (80, 48)])
 def test_var_mode_is_batch_norm(interpreter, shape):
     s, t = pair(*shape)
