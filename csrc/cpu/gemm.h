@@ -19,8 +19,9 @@ const char* gemm_source();
 // Whether this CPU multiplies bfloat16 faster than float32 (AVX512-BF16 or AMX) and torch uses such instructions.
 bool has_bf16_gemm();
 
-// C [m, n] (fp32) = A [m, k] @ B [k, n]; A row-major; B as pairs of rows: element (i, j) at b[(i / 2) * 2 * ldb + 2 * j + i % 2].
-// k must be even. bf16_gemm_release() ends a thread's sequence of calls (AMX tiles are configured per thread).
+// C [m, n] (fp32) = A [m, k] @ B [k, n]; A row-major; B as pairs of rows: element (i, j) at b[(i / 2) * 2 * ldb + 2 * j
+// + i % 2]. k must be even. bf16_gemm_release() ends a thread's sequence of calls (AMX tiles are configured per
+// thread).
 void bf16_gemm(
     int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb, float* c,
     int64_t ldc);

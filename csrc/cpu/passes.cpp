@@ -167,7 +167,7 @@ XD_INLINE void transpose_words_any(
 }
 
 // One set of entry points per instruction set. The bodies above are inlined into each and so compiled for its target.
-#define XD_PASSES(SUFFIX, TARGET, WIDTH)                                                                          \
+#define XD_PASSES(SUFFIX, TARGET, WIDTH)                                                                         \
   TARGET void standardize_float_##SUFFIX(const StandardizeProblem<float>& p, int64_t d0, int64_t d1) {           \
     standardize_panel<float, WIDTH>(p, d0, d1);                                                                  \
   }                                                                                                              \
@@ -181,10 +181,10 @@ XD_INLINE void transpose_words_any(
       const float* x, int64_t ldx, const float* y, int64_t ldy, int64_t rows, int64_t columns, double* out) {    \
     column_dots_any(x, ldx, y, ldy, rows, columns, out);                                                         \
   }                                                                                                              \
-  TARGET void squares_##SUFFIX(                                                                     \
+  TARGET void squares_##SUFFIX(                                                                                  \
       const float* p, int64_t ld, int64_t rows, int64_t columns, int64_t diagonal, double* column_sums,          \
       double* row_sums) {                                                                                        \
-    squares_any(p, ld, rows, columns, diagonal, column_sums, row_sums);                             \
+    squares_any(p, ld, rows, columns, diagonal, column_sums, row_sums);                                          \
   }                                                                                                              \
   TARGET void combine_##SUFFIX(                                                                                  \
       const float* u, int64_t ldu, const float* x, const float* z, int64_t ldz, const float* a, const float* c,  \
@@ -204,16 +204,17 @@ XD_INLINE void transpose_words_any(
       const uint32_t* x, int64_t ldx, int64_t rows, int64_t columns, uint32_t* out, int64_t ld_out) {            \
     transpose_words_any(x, ldx, rows, columns, out, ld_out);                                                     \
   }                                                                                                              \
-  const Passes k_##SUFFIX = {#SUFFIX,                                                                            \
-                             standardize_float_##SUFFIX,                                                         \
-                             standardize_bfloat16_##SUFFIX,                                                      \
-                             standardize_half_##SUFFIX,                                                          \
-                             column_dots_##SUFFIX,                                                               \
-                             squares_##SUFFIX,                                                      \
-                             combine_##SUFFIX,                                                                   \
-                             to_bfloat16_##SUFFIX,                                                               \
-                             pair_rows_##SUFFIX,                                                                 \
-                             transpose_words_##SUFFIX};
+  const Passes k_##SUFFIX = {                                                                                    \
+      #SUFFIX,                                                                                                   \
+      standardize_float_##SUFFIX,                                                                                \
+      standardize_bfloat16_##SUFFIX,                                                                             \
+      standardize_half_##SUFFIX,                                                                                 \
+      column_dots_##SUFFIX,                                                                                      \
+      squares_##SUFFIX,                                                                                          \
+      combine_##SUFFIX,                                                                                          \
+      to_bfloat16_##SUFFIX,                                                                                      \
+      pair_rows_##SUFFIX,                                                                                        \
+      transpose_words_##SUFFIX};
 
 XD_PASSES(baseline, , 4)
 #if defined(__x86_64__)

@@ -10,7 +10,8 @@
 
 namespace xdfast {
 
-// All matrices are row-major fp32 with a leading dimension (ld); sums over rows run in fp32 over kChunk rows, then fp64.
+// All matrices are row-major fp32 with a leading dimension (ld); sums over rows run in fp32 over kChunk rows, then
+// fp64.
 struct Passes {
   const char* name;
   // Columns [d0, d1) standardised: see standardize.h.
@@ -32,12 +33,11 @@ struct Passes {
   void (*to_bfloat16)(
       const float* x, int64_t ldx, int64_t rows, int64_t columns, int64_t padded_columns, at::BFloat16* out,
       int64_t ld_out);
-  // Pairs of rows side by side, the layout of bf16_gemm's B: out[(i / 2) * 2 * ld_out + 2 * j + i % 2] = bfloat16(x[i, j]);
-  // an odd last row is paired with zeros.
+  // Pairs of rows side by side, the layout of bf16_gemm's B: out[(i / 2) * 2 * ld_out + 2 * j + i % 2] = bfloat16(x[i,
+  // j]); an odd last row is paired with zeros.
   void (*pair_rows)(const float* x, int64_t ldx, int64_t rows, int64_t columns, at::BFloat16* out, int64_t ld_out);
   // out[j, i] = x[i, j], 32-bit words (pairs of bfloat16)
-  void (*transpose_words)(
-      const uint32_t* x, int64_t ldx, int64_t rows, int64_t columns, uint32_t* out, int64_t ld_out);
+  void (*transpose_words)(const uint32_t* x, int64_t ldx, int64_t rows, int64_t columns, uint32_t* out, int64_t ld_out);
 };
 
 // The passes for this CPU (ATEN_CPU_CAPABILITY overrides ATen's detection).

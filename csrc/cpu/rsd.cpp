@@ -1,10 +1,13 @@
 // Cross-correlation loss and gradients (RSD, Barlow Twins) on the CPU: every step around the matrix products fused into
 // passes over column blocks, the products by the best GEMM at hand. The algebra is in xdfast/ops/rsd/fast.py.
 //
-//   1. Columns of both inputs standardised, with p_j = <S_j, T_j> / N; float32, or also bfloat16 as the products want it.
-//   2. N < D:  K = T T^T, its lower triangle, by strips of rows (and parts of D when there are more threads than strips).
+//   1. Columns of both inputs standardised, with p_j = <S_j, T_j> / N; float32, or also bfloat16 as the products want
+//   it.
+//   2. N < D:  K = T T^T, its lower triangle, by strips of rows (and parts of D when there are more threads than
+//   strips).
 //      N >= D: P = T^T S / N by tiles, with its squares summed while the tile is in cache.
-//   3. N < D:  U = K S by column blocks, f_j = <S_j, U_j> / N^2.    N >= D: U / N = T P by blocks, f_j known from step 2.
+//   3. N < D:  U = K S by column blocks, f_j = <S_j, U_j> / N^2.    N >= D: U / N = T P by blocks, f_j known from
+//   step 2.
 //      Then in the same block the gradient  inv_j (2 kappa / N^2 U + c_j T - ratio_j g_j S),
 //      c_j = 2/N (p_j - 1 - kappa p_j),  g_j = 2 kappa f_j / N + c_j p_j, times `scale`.
 //
@@ -30,13 +33,15 @@
 namespace xdfast {
 namespace {
 
-constexpr int64_t kSerialWork = 1 << 18;      // multiply-adds below which a second thread wakes up too late
-constexpr int64_t kBlockBytes = 512 << 10;    // of a thread's [N, w] block: half of a usual L2 cache
-constexpr int64_t kBlockColumns = 256;        // widest block
-constexpr int64_t kTileRows = 256;            // rows of a tile of P
-constexpr int64_t kStripRows = 256;           // rows of a block of the gradient for N >= D
+constexpr int64_t kSerialWork = 1 << 18;    // multiply-adds below which a second thread wakes up too late
+constexpr int64_t kBlockBytes = 512 << 10;  // of a thread's [N, w] block: half of a usual L2 cache
+constexpr int64_t kBlockColumns = 256;      // widest block
+constexpr int64_t kTileRows = 256;          // rows of a tile of P
+constexpr int64_t kStripRows = 256;         // rows of a block of the gradient for N >= D
 
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+int64_t round_up(int64_t value, int64_t step) {
+  return (value + step - 1) / step * step;
+}
 
 // Takes slices of one allocation; with no base it only counts.
 struct Arena {
@@ -66,11 +71,11 @@ struct Blocks {
 
 // One of the two inputs and what belongs to it. The bfloat16 operands exist where the products want them.
 struct Side {
-  at::Tensor x;                       // [N, D], unit column stride
-  ColumnStatistics statistics{};      // [D] each
+  at::Tensor x;                   // [N, D], unit column stride
+  ColumnStatistics statistics{};  // [D] each
   bool statistics_known = false;
-  float* z = nullptr;                 // [N, ld] standardised
-  float* gram = nullptr;              // [parts, N, N] z z^T / D, the first part the sum in the end
+  float* z = nullptr;     // [N, ld] standardised
+  float* gram = nullptr;  // [parts, N, N] z z^T / D, the first part the sum in the end
   bool gram_known = false;
   at::BFloat16* rows = nullptr;       // [N, ld] z: A of the Gram matrix (N < D), of the gradient (N >= D)
   at::BFloat16* pairs = nullptr;      // [N/2, ld, 2] z, pairs of rows: B of U = K S, of P = T^T S
@@ -193,8 +198,8 @@ class CrossCorrelation {
 
   template <typename T>
   StandardizeProblem<T> standardize_problem(const Side& side) {
-    return {side.x.const_data_ptr<T>(), side.x.stride(0), N_, D_, o_.eps, o_.eps_on_variance,
-            side.statistics_known, side.statistics, side.z, ld_};
+    return {side.x.const_data_ptr<T>(), side.x.stride(0), N_,     D_, o_.eps, o_.eps_on_variance,
+            side.statistics_known,      side.statistics,  side.z, ld_};
   }
 
   void standardize() {
@@ -229,8 +234,8 @@ class CrossCorrelation {
     });
   }
 
-  // z z^T / D. By symmetry only strips of rows up to the diagonal; long and short strips take turns in the list, because
-  // every thread gets a contiguous part of it.
+  // z z^T / D. By symmetry only strips of rows up to the diagonal; long and short strips take turns in the list,
+  // because every thread gets a contiguous part of it.
   void gram_matrices() {
     const Passes& pass = passes();
     for (Side* side : {&s_, &t_}) {
@@ -247,8 +252,9 @@ class CrossCorrelation {
             return;
           }
           for (int64_t c = 0; c < columns; c += 64) {  // few different shapes: each is compiled once by oneDNN
-            bf16_gemm(rows, std::min<int64_t>(64, columns - c), round_up(depth, 2), side->rows + r * ld_ + d, ld_,
-                      side->across + d * ldn_ + 2 * c, ldn_, out + c, N_);
+            bf16_gemm(
+                rows, std::min<int64_t>(64, columns - c), round_up(depth, 2), side->rows + r * ld_ + d, ld_,
+                side->across + d * ldn_ + 2 * c, ldn_, out + c, N_);
           }
         });
         const float factor = o_.bf16 ? 1.0f / static_cast<float>(D_) : 1.0f;
@@ -283,7 +289,8 @@ class CrossCorrelation {
     passes().column_dots(s_.gram, N_, t_.gram, N_, N_, N_, dots.data());
     double total = 0.0;
     for (double dot : dots) total += dot;
-    return total * static_cast<double>(D_) / static_cast<double>(N_) * static_cast<double>(D_) / static_cast<double>(N_);
+    return total * static_cast<double>(D_) / static_cast<double>(N_) * static_cast<double>(D_) /
+           static_cast<double>(N_);
   }
 
   // P [D, D] and the sums of its squares; the sum without the diagonal is returned. In bfloat16 P is kept times N.
@@ -302,7 +309,8 @@ class CrossCorrelation {
         gemm(true, false, rows, columns, N_, 1.0f / static_cast<float>(N_), t_.z + r, ld_, s_.z + c, ld_, out, ld_);
       }
       pass.squares(
-          out, ld_, rows, columns, c - r, column_sums_ + tile * D_ + c, row_sums_ ? row_sums_ + block * D_ + r : nullptr);
+          out, ld_, rows, columns, c - r, column_sums_ + tile * D_ + c,
+          row_sums_ ? row_sums_ + block * D_ + r : nullptr);
       if (product_pairs_) pass.pair_rows(out, ld_, rows, columns, product_pairs_ + r * ld_ + 2 * c, ld_);
       if (product_rows_) {
         const int64_t padded = c + columns == D_ ? round_up(columns, 2) : columns;
@@ -366,11 +374,11 @@ class CrossCorrelation {
 
   // u = z_other @ P or z_other @ P^T, rows [i, i + rows)
   void product_block(
-      const Side& other, bool teacher, int64_t i, int64_t rows, int64_t c, int64_t columns, float* u,
-      int64_t ldu) {
+      const Side& other, bool teacher, int64_t i, int64_t rows, int64_t c, int64_t columns, float* u, int64_t ldu) {
     if (o_.bf16) {
-      bf16_gemm(rows, columns, round_up(D_, 2), other.rows + i * ld_, ld_,
-                (teacher ? product_across_ : product_pairs_) + 2 * c, ld_, u, ldu);
+      bf16_gemm(
+          rows, columns, round_up(D_, 2), other.rows + i * ld_, ld_,
+          (teacher ? product_across_ : product_pairs_) + 2 * c, ld_, u, ldu);
     } else if (teacher) {
       gemm(false, true, rows, columns, D_, 1.0f, other.z + i * ld_, ld_, product_ + c * ld_, ld_, u, ldu);
     } else {
@@ -436,8 +444,9 @@ Results rsd_loss(
     const std::optional<at::Tensor>& gram) {
   check_input("rsd_loss", student);
   check_input("rsd_loss", teacher);
-  TORCH_CHECK_VALUE(student.sizes() == teacher.sizes(), "rsd_loss: student ", student.sizes(), " and teacher ",
-                    teacher.sizes(), " must have the same shape");
+  TORCH_CHECK_VALUE(
+      student.sizes() == teacher.sizes(), "rsd_loss: student ", student.sizes(), " and teacher ", teacher.sizes(),
+      " must have the same shape");
   TORCH_CHECK_VALUE(student.size(1) >= 1, "rsd_loss: at least one column is needed");
   TORCH_CHECK_VALUE(!bf16 || has_bf16_gemm(), "rsd_loss: this CPU has no bfloat16 products");
   TORCH_CHECK_VALUE(!(need_teacher && statistics), "rsd_loss: a prepared teacher cannot have a gradient");
@@ -446,15 +455,17 @@ Results rsd_loss(
   Side s{with_unit_columns(student)}, t{with_unit_columns(teacher)};
   at::Tensor known_statistics, known_gram;
   if (statistics) {
-    TORCH_CHECK_VALUE(statistics->sizes() == at::IntArrayRef({4, D}) && statistics->scalar_type() == at::kFloat,
-                      "rsd_loss: statistics must be float32 [4, ", D, "], but has shape ", statistics->sizes());
+    TORCH_CHECK_VALUE(
+        statistics->sizes() == at::IntArrayRef({4, D}) && statistics->scalar_type() == at::kFloat,
+        "rsd_loss: statistics must be float32 [4, ", D, "], but has shape ", statistics->sizes());
     known_statistics = statistics->contiguous();
     t.statistics = ColumnStatistics::at(const_cast<float*>(known_statistics.const_data_ptr<float>()), D);
     t.statistics_known = true;
   }
   if (gram && N < D) {
-    TORCH_CHECK_VALUE(gram->sizes() == at::IntArrayRef({N, N}), "rsd_loss: gram must be [", N, ", ", N,
-                      "], but has shape ", gram->sizes());
+    TORCH_CHECK_VALUE(
+        gram->sizes() == at::IntArrayRef({N, N}), "rsd_loss: gram must be [", N, ", ", N, "], but has shape ",
+        gram->sizes());
     known_gram = gram->to(at::kFloat).contiguous();
     t.gram = const_cast<float*>(known_gram.const_data_ptr<float>());
     t.gram_known = true;
@@ -467,12 +478,16 @@ Results rsd_loss(
   const auto [invariance, decorrelation, diagonal] =
       CrossCorrelation(std::move(s), std::move(t), {kappa, eps, scale, eps_on_variance, bf16}).run();
   const auto scalar = [&](double value) { return at::scalar_tensor(value, fp32); };
-  return {scalar(scale * (invariance + kappa * decorrelation)), scalar(invariance), scalar(decorrelation),
-          scalar(diagonal), grad_s.to(student.scalar_type()), grad_t.to(teacher.scalar_type())};
+  return {
+      scalar(scale * (invariance + kappa * decorrelation)),
+      scalar(invariance),
+      scalar(decorrelation),
+      scalar(diagonal),
+      grad_s.to(student.scalar_type()),
+      grad_t.to(teacher.scalar_type())};
 }
 
-std::tuple<at::Tensor, at::Tensor> rsd_prepare(
-    const at::Tensor& teacher, double eps, bool eps_on_variance, bool bf16) {
+std::tuple<at::Tensor, at::Tensor> rsd_prepare(const at::Tensor& teacher, double eps, bool eps_on_variance, bool bf16) {
   check_input("rsd_prepare", teacher);
   TORCH_CHECK_VALUE(teacher.size(1) >= 1, "rsd_prepare: at least one column is needed");
   TORCH_CHECK_VALUE(!bf16 || has_bf16_gemm(), "rsd_prepare: this CPU has no bfloat16 products");

@@ -1,8 +1,8 @@
 // Standardised columns of a matrix in one visit per panel of columns.
 //
 //   z[n, d] = (x[n, d] - mean_d) * inv_d
-//   eps on the std (RSD):             inv_d = 1 / (std_d + eps),        ratio_d = (std_d + eps) / std_d, 0 where std_d = 0
-//   eps on the variance (batch norm): inv_d = 1 / sqrt(var_d + eps),    ratio_d = 1
+//   eps on the std (RSD):             inv_d = 1 / (std_d + eps),        ratio_d = (std_d + eps) / std_d, 0 where std_d
+//   = 0 eps on the variance (batch norm): inv_d = 1 / sqrt(var_d + eps),    ratio_d = 1
 //
 // Precision. Sums run in fp32 over at most kChunk rows and in fp64 above that, so the error does not grow with N. The
 // mean is kept as hi + lo (fp32 mean of x, then the mean of x - hi) and x is centred as (x - hi) - lo: with column
@@ -22,7 +22,8 @@ constexpr int kVectors = 4;     // vectors of columns handled together: 4 indepe
 constexpr int64_t kChunk = 64;  // rows summed in fp32 before the sum is moved to fp64
 constexpr int64_t kStrip = 8;   // rows normalised with one load of a block's constants
 
-// Per column: mean = hi + lo, 1 / (std + eps), and the factor of the standardisation's own gradient. Four rows of [4, D].
+// Per column: mean = hi + lo, 1 / (std + eps), and the factor of the standardisation's own gradient. Four rows of [4,
+// D].
 struct ColumnStatistics {
   float *hi, *lo, *inv, *ratio;
 
@@ -86,8 +87,7 @@ struct BlockStatistics {
 // Statistics of one block of C = kVectors * W columns; all sums stay in registers. The fp32 rows are left in z, which
 // the later passes read: its row stride is no power of two, so the block stays in cache where that of x would not.
 template <typename T, int W, bool Partial>
-XD_INLINE void column_statistics(
-    const StandardizeProblem<T>& p, int64_t d, int64_t columns, BlockStatistics<W>& out) {
+XD_INLINE void column_statistics(const StandardizeProblem<T>& p, int64_t d, int64_t columns, BlockStatistics<W>& out) {
   using F = typename Vector<W>::F;
   constexpr int C = BlockStatistics<W>::C;
   const Rows<T, W, Partial> rows{p.x + d, p.stride, columns};

@@ -42,8 +42,8 @@ XD_INLINE void store(float* p, const typename Vector<W>::F& value) {
 template <int W>
 XD_INLINE void load(const at::BFloat16* p, typename Vector<W>::F& out) {
   using U = typename Vector<W>::U;
-  out = (typename Vector<W>::F)(
-      __builtin_convertvector(*reinterpret_cast<const typename Vector<W>::HAny*>(p), U) << 16);
+  out =
+      (typename Vector<W>::F)(__builtin_convertvector(*reinterpret_cast<const typename Vector<W>::HAny*>(p), U) << 16);
 }
 
 // IEEE half to float in integer arithmetic, so that it vectorises on every target: shift exponent and mantissa into
