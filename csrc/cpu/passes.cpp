@@ -205,7 +205,6 @@ XD_INLINE void transpose_words_any(
     transpose_words_any(x, ldx, rows, columns, out, ld_out);                                                     \
   }                                                                                                              \
   const Passes k_##SUFFIX = {                                                                                    \
-      #SUFFIX,                                                                                                   \
       standardize_float_##SUFFIX,                                                                                \
       standardize_bfloat16_##SUFFIX,                                                                             \
       standardize_half_##SUFFIX,                                                                                 \

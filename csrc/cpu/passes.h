@@ -13,7 +13,6 @@ namespace xdfast {
 // All matrices are row-major fp32 with a leading dimension (ld); sums over rows run in fp32 over kChunk rows, then
 // fp64.
 struct Passes {
-  const char* name;
   // Columns [d0, d1) standardised: see standardize.h.
   void (*standardize_float)(const StandardizeProblem<float>& p, int64_t d0, int64_t d1);
   void (*standardize_bfloat16)(const StandardizeProblem<at::BFloat16>& p, int64_t d0, int64_t d1);
