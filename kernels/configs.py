@@ -90,6 +90,8 @@ _TF32 = {
     "gradient_parked": (Tile(None, 128, 32, 4, 3, 32),),
     "gradient_covariance": (Tile(None, 64, 64, 4, 3, 32),),
 }
+# Blackwell, as above: with 4 warps the tile spills where D is not divisible by 16.
+_TF32_100 = _TF32 | {"gradient_covariance": (Tile(None, 64, 64, 8, 3, 32),)}
 _FP32 = {
     "product": (Tile(256, 32, 32, 4, 3, 16), Tile(None, 64, 64, 4, 3, 16)),
     "gradient_resident": (
@@ -105,8 +107,8 @@ _FP32 = {
 
 _TABLE: dict[tuple[str, int, str], tuple[Tile, ...]] = {}
 for _arch in ARCHITECTURES:
-    _half = _HALF_100 if _arch == 100 else _HALF
-    for _product, _rows in (("fp32", _FP32), ("tf32", _TF32), ("bf16", _half), ("fp16", _half)):
+    _tf32, _half = (_TF32_100, _HALF_100) if _arch == 100 else (_TF32, _HALF)
+    for _product, _rows in (("fp32", _FP32), ("tf32", _tf32), ("bf16", _half), ("fp16", _half)):
         _TABLE["standardize_resident", _arch, _product] = _STANDARDIZE_RESIDENT
         _TABLE["standardize_stream", _arch, _product] = _STANDARDIZE_STREAM
         for _kernel, _tiles in _rows.items():

@@ -20,7 +20,7 @@ from .rsd_gradient import gradient_covariance, gradient_parked, gradient_residen
 from .rsd_product import product
 from .rsd_standardize import standardize_resident, standardize_stream
 
-__all__ = ["rsd_forward", "rsd_forward_with_loss", "teacher_gram"]
+__all__ = ["rsd_forward", "rsd_loss_and_gradients", "teacher_gram"]
 
 #: precision → (dtype of the matrices that are multiplied, name in the tile table, input_precision of tl.dot)
 _PRECISIONS = {
@@ -151,13 +151,14 @@ def _arch(x: Tensor) -> int:
     return _architecture(x.device) if x.is_cuda else configs.ARCHITECTURES[-1]  # the CPU: Triton's interpreter
 
 
-def rsd_forward_with_loss(
+def rsd_loss_and_gradients(
     student: Tensor,  # [N, D]
     teacher: Tensor,  # [N, D]
     kappa: float,
     eps: float,
     eps_mode: str,
     precision: str,
+    scale: float,
     need_student: bool,
     need_teacher: bool,
     gram: Tensor | None = None,  # [N, N]
@@ -173,14 +174,15 @@ def rsd_forward_with_loss(
         eps_mode: ``"std"`` divides by (std + ε), ``"var"`` by √(var + ε).
         precision: of the matrix products: ``"float32"`` (IEEE), ``"tf32"``, ``"bfloat16"``, ``"float16"``. Everything
             else is float32.
+        scale: of the loss and the gradients, not of the parts.
         need_student: compute the gradient with respect to the student.
         need_teacher: likewise, the teacher.
         gram: what :func:`teacher_gram` returned for this teacher, ε, mode and precision. Not used where N ≥ D: the
-            covariance form needs no Gram matrix. Where N is not divisible by 16 it is copied first.
+            covariance form needs no Gram matrix. Copied first where N is not divisible by 16 or the dtype differs.
 
     Returns:
         loss, invariance, decorrelation, mean diagonal (float32 scalars), ∂L/∂student, ∂L/∂teacher ([N, D] contiguous in
-        the dtype of the input; [0] if not needed).
+        the dtype of the input; [0, 0] if not needed).
     """
     n, d = student.shape
     matrix_dtype, _, _ = _PRECISIONS[precision]
@@ -193,13 +195,13 @@ def rsd_forward_with_loss(
     counter, tile_counter = torch.empty(sum(plan.counters), dtype=torch.int32, device=device).split(plan.counters)
     # Four allocations: an op may not return views of one storage.
     loss, invariance, decorrelation, diagonal = (torch.empty((), dtype=torch.float32, device=device) for _ in range(4))
-    grad_student = torch.empty((n, d) if need_student else (0,), dtype=student.dtype, device=device)
-    grad_teacher = torch.empty((n, d) if need_teacher else (0,), dtype=teacher.dtype, device=device)
+    grad_student = torch.empty((n, d) if need_student else (0, 0), dtype=student.dtype, device=device)
+    grad_teacher = torch.empty((n, d) if need_teacher else (0, 0), dtype=teacher.dtype, device=device)
     if plan.gram and gram is not None:
         # Rows must start at multiples of 16 elements. N divisible by 16: nothing to do; else a copy with zeros behind.
-        c_student = (
-            gram if gram.stride() == (plan.ldc, 1) and n == plan.ldc else pad(gram, (0, plan.ldc - n)).contiguous()
-        )
+        c_student = gram.to(matrix_dtype)
+        if n != plan.ldc or c_student.stride() != (n, 1):
+            c_student = pad(c_student, (0, plan.ldc - n)).contiguous()
     with torch.cuda.device_of(student):  # Triton launches on the current device; a no-op for a CPU tensor
         kernel, grid, options = plan.standardize
         kernel[grid](
@@ -208,19 +210,17 @@ def rsd_forward_with_loss(
         )  # fmt: skip
         if plan.product is not None:
             kernel, grid, options = plan.product.launch
-            scale = 1 / d if plan.gram else 1 / n
             kernel[grid](
                 z, c_student, c_teacher, parts, sums, tile_counter, n, ld, plane, plan.ldc,
-                plan.product.chunk, scale, **options,
+                plan.product.chunk, 1 / d if plan.gram else 1 / n, **options,
             )  # fmt: skip
         kernel, grid, options = plan.gradient
         values = (aux, counter, invariance, decorrelation, diagonal, loss, grad_student, grad_teacher, n, d, ld, plane)
         if kernel is gradient_covariance:
-            kernel[grid](z, c_student, c_teacher, sums, *values, plan.product.across, kappa, 1 / n, **options)
+            kernel[grid](z, c_student, c_teacher, sums, *values, plan.product.across, kappa, scale, 1 / n, **options)
         else:
             scratch = (sums, parked) if kernel is gradient_parked else ()
-            scale = d / n**2
-            kernel[grid](z, c_student, c_teacher, *scratch, *values, plan.ldc, kappa, scale, **options)
+            kernel[grid](z, c_student, c_teacher, *scratch, *values, plan.ldc, kappa, scale, d / n**2, **options)
     return loss, invariance, decorrelation, diagonal, grad_student, grad_teacher
 
 
@@ -235,10 +235,9 @@ def rsd_forward(
     need_teacher: bool,
     gram: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:func:`rsd_forward_with_loss` without the loss: (invariance, decorrelation, mean diagonal, ∂L/∂s, ∂L/∂t)."""
-    return rsd_forward_with_loss(student, teacher, kappa, eps, eps_mode, precision, need_student, need_teacher, gram)[
-        1:
-    ]
+    """:func:`rsd_loss_and_gradients` without loss and scale: (invariance, decorrelation, mean diagonal, ∂L/∂s, ∂L/∂t)."""
+    options = (kappa, eps, eps_mode, precision, 1.0, need_student, need_teacher, gram)
+    return rsd_loss_and_gradients(student, teacher, *options)[1:]
 
 
 @lru_cache(maxsize=64)
@@ -258,7 +257,7 @@ def teacher_gram(
     :func:`rsd_forward` when the same teacher batch comes again.
 
     Args:
-        teacher: as in :func:`rsd_forward_with_loss`.
+        teacher: as in :func:`rsd_loss_and_gradients`.
         eps: ε.
         eps_mode: ``"std"`` or ``"var"``.
         precision: of the product.

@@ -20,10 +20,10 @@ __all__ = ["gradient_covariance", "gradient_parked", "gradient_resident"]
 
 
 @triton.jit
-def _constants(aux_ptr, column, ld, side):
-    """(inv, ratio, p) of the columns, from launch 1."""
+def _constants(aux_ptr, column, ld, side, factor):
+    """(inv · factor, ratio, p) of the columns, from launch 1."""
     inside = column < ld
-    inv = tl.load(aux_ptr + side * ld + column, mask=inside, other=0.0)
+    inv = factor * tl.load(aux_ptr + side * ld + column, mask=inside, other=0.0)
     ratio = tl.load(aux_ptr + (2 + side) * ld + column, mask=inside, other=0.0)
     return inv, ratio, tl.load(aux_ptr + 4 * ld + column, mask=inside, other=0.0)
 
@@ -60,7 +60,7 @@ def _write(u, own, other, inv, c, slope, kappa, side, ds_ptr, dt_ptr, row, colum
 
 
 @triton.jit
-def _loss(p, off, part_ptr, counter_ptr, values, inside, d, kappa, block, blocks):
+def _loss(p, off, part_ptr, counter_ptr, values, inside, d, kappa, factor, block, blocks):
     """Adds this block's columns to the loss; the last block to come adds the parts up, in order.
 
     p, off [COLUMNS]: P_jj and Σ_k≠j P_kj², both 0 outside. part_ptr: [3, blocks] fp32 scratch. values: pointers of
@@ -85,7 +85,7 @@ def _loss(p, off, part_ptr, counter_ptr, values, inside, d, kappa, block, blocks
         tl.store(values[0], total_invariance)
         tl.store(values[1], total_decorrelation)
         tl.store(values[2], tl.sum(diagonal, 0) / d)
-        tl.store(values[3], total_invariance + kappa * total_decorrelation)
+        tl.store(values[3], factor * (total_invariance + kappa * total_decorrelation))
 
 
 @triton.jit
@@ -125,6 +125,7 @@ def gradient_resident(
     plane,  # N · ld
     ldc,
     kappa,
+    factor,  # of the loss and the gradients, not of the parts
     scale,  # D / N²: K S · scale = U / N²
     STUDENT: tl.constexpr,
     TEACHER: tl.constexpr,
@@ -142,7 +143,7 @@ def gradient_resident(
     at = row.to(tl.int64)[:, None] * ld + column[None, :]
     mask = (row < n)[:, None] & (column < ld)[None, :]
     # Loaded before the product: their latency is hidden behind it.
-    inv, ratio, p = _constants(aux_ptr, column, ld, side)
+    inv, ratio, p = _constants(aux_ptr, column, ld, side, factor)
     own = tl.load(own_ptr + at, mask=mask, other=0.0)
     other = tl.load(z_ptr + (1 - side) * plane + at, mask=mask, other=0.0)
     u = scale * _gram_tile(multiplier, own_ptr, row, column, n, ld, ldc, PRECISION, ROWS, COLUMNS, DEPTH)
@@ -155,7 +156,7 @@ def gradient_resident(
         values = (invariance_ptr, decorrelation_ptr, diagonal_ptr, loss_ptr)
         part_ptr = aux_ptr + 5 * ld
         _loss(
-            p, f - p * p, part_ptr, counter_ptr, values, column < d, d, kappa, tl.program_id(0), tl.num_programs(0)
+            p, f - p * p, part_ptr, counter_ptr, values, column < d, d, kappa, factor, tl.program_id(0), tl.num_programs(0)
         )  # fmt: skip
 
 
@@ -180,6 +181,7 @@ def gradient_parked(
     plane,
     ldc,
     kappa,
+    factor,
     scale,
     STUDENT: tl.constexpr,
     TEACHER: tl.constexpr,
@@ -216,7 +218,7 @@ def gradient_parked(
     tl.store(sums + group * ld + column, f, mask=inside)
     if arrive(counter_ptr + 1 + tl.program_id(2) * tl.num_programs(0) + block) == groups - 1:
         f = _sum_parts(sums, column, groups, ld, COLUMNS)
-        inv, ratio, p = _constants(aux_ptr, column, ld, side)
+        inv, ratio, p = _constants(aux_ptr, column, ld, side, factor)
         if STUDENT or TEACHER:
             c, g = _weights(p, f, n, kappa)
             for first in range(0, n, ROWS):
@@ -230,7 +232,7 @@ def gradient_parked(
         if side == 1 or not STUDENT:
             values = (invariance_ptr, decorrelation_ptr, diagonal_ptr, loss_ptr)
             part_ptr = aux_ptr + 5 * ld
-            _loss(p, f - p * p, part_ptr, counter_ptr, values, column < d, d, kappa, block, tl.num_programs(0))
+            _loss(p, f - p * p, part_ptr, counter_ptr, values, column < d, d, kappa, factor, block, tl.num_programs(0))
 
 
 @triton.jit(do_not_specialize=["n", "parts"])
@@ -253,6 +255,7 @@ def gradient_covariance(
     plane,
     parts,
     kappa,
+    factor,
     scale,  # 1 / N: T P · scale = U / N²
     STUDENT: tl.constexpr,
     TEACHER: tl.constexpr,
@@ -267,7 +270,7 @@ def gradient_covariance(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < ld
-    inv, ratio, p = _constants(aux_ptr, column, ld, side)
+    inv, ratio, p = _constants(aux_ptr, column, ld, side, factor)
     off = _sum_parts(sums_ptr + (1 - side) * parts * ld, column, parts, ld, COLUMNS)
     if STUDENT or TEACHER:
         own_ptr = z_ptr + side * plane
@@ -289,4 +292,4 @@ def gradient_covariance(
         _write(acc * scale, own, other, inv, c, ratio * g, kappa, side, ds_ptr, dt_ptr, row, column, n, d)
     if tl.program_id(0) == 0 and (side == 1 or not STUDENT):
         values = (invariance_ptr, decorrelation_ptr, diagonal_ptr, loss_ptr)
-        _loss(p, off, aux_ptr + 5 * ld, counter_ptr, values, column < d, d, kappa, block, tl.num_programs(1))
+        _loss(p, off, aux_ptr + 5 * ld, counter_ptr, values, column < d, d, kappa, factor, block, tl.num_programs(1))

@@ -75,7 +75,7 @@ def check(outputs, s: Tensor, t: Tensor, need: tuple[bool, bool], precision: str
     assert abs(outputs[0].double() - loss) <= value * loss + 1e-9
     for got, want, x, wanted, size in zip(outputs[4:], (grad_s, grad_t), (s, t), need, sizes):
         if not wanted:
-            assert got.shape == (0,) and got.dtype == x.dtype
+            assert got.shape == (0, 0) and got.dtype == x.dtype
             continue
         assert got.shape == x.shape and got.dtype == x.dtype and got.is_contiguous()
         # Two rows: the exact gradient is nearly zero, a difference of terms that are not.
@@ -87,7 +87,7 @@ def check(outputs, s: Tensor, t: Tensor, need: tuple[bool, bool], precision: str
 def test_loss_and_gradients_equal_fp64(interpreter, name):
     n, d, mean, *dtypes = SHAPES[name]
     s, t = pair(n, d, mean, tuple(dtypes))
-    got = interpreter("rsd_forward_with_loss", s, t, KAPPA, EPS, "std", "float32", True, True)
+    got = interpreter("rsd_loss_and_gradients", s, t, KAPPA, EPS, "std", "float32", 1.0, True, True)
     check(got.outputs, s, t, (True, True), "float32")
     if n > 2 and torch.float32 in (s.dtype, t.dtype):  # the promise itself, without allowance for the terms
         *_, grad_s, grad_t, _ = expected(s, t)
@@ -115,7 +115,7 @@ def test_any_shape(interpreter, n, d, need, mode, precision, dtypes, layout, lar
         s = torch.stack((s, s + 1), 2).reshape(n, 2 * d)[:, ::2]
         t = torch.cat((t, t))[::2] if n > 2 else t
         t = t[:n]
-    got = interpreter("rsd_forward_with_loss", s, t, kappa, EPS, mode, precision, *need, **large)
+    got = interpreter("rsd_loss_and_gradients", s, t, kappa, EPS, mode, precision, 1.0, *need, **large)
     check(got.outputs, s, t, need, precision, kappa=kappa, mode=mode)
 
 
@@ -131,8 +131,8 @@ def test_any_shape(interpreter, n, d, need, mode, precision, dtypes, layout, lar
 )
 def test_kernels_for_large_shapes(interpreter, shape, groups, splits, precision):
     s, t = pair(*shape)
-    options = (KAPPA, EPS, "std", precision, True, True)
-    got = interpreter("rsd_forward_with_loss", s, t, *options, groups=groups, splits=splits, **SMALL)
+    options = (KAPPA, EPS, "std", precision, 1.0, True, True)
+    got = interpreter("rsd_loss_and_gradients", s, t, *options, groups=groups, splits=splits, **SMALL)
     assert got.launches[0] == "standardize_stream"
     assert got.launches[2] == ("gradient_parked" if shape[0] < shape[1] else "gradient_covariance")
     check(got.outputs, s, t, (True, True), precision)
@@ -140,8 +140,8 @@ def test_kernels_for_large_shapes(interpreter, shape, groups, splits, precision)
 
 def test_more_parts_than_one_load_takes(interpreter):
     s, t = pair(300, 260)  # 17 tiles of 16 columns; 16 of their sums are read at once
-    options = (KAPPA, EPS, "std", "float32", True, True)
-    got = interpreter("rsd_forward_with_loss", s, t, *options, table="small product", splits=1)
+    options = (KAPPA, EPS, "std", "float32", 1.0, True, True)
+    got = interpreter("rsd_loss_and_gradients", s, t, *options, table="small product", splits=1)
     check(got.outputs, s, t, (True, True), "float32")
 
 
@@ -166,6 +166,18 @@ def test_three_launches_and_nothing_else(interpreter, shape, need):
     assert (standardize, product) == ("standardize_resident", "product") and gradient.startswith("gradient_")
     assert set(got.operators) <= {"empty", "split_with_sizes", "split"}  # no memset, no copy
     assert len({out.untyped_storage().data_ptr() for out in got.outputs if out.numel()}) == 3 + sum(need)
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 24)])
+@pytest.mark.parametrize("options", [{}, SMALL])
+def test_scale_is_of_the_loss_and_the_gradients_alone(interpreter, shape, options):
+    s, t = pair(*shape)
+    once, twice = (
+        interpreter("rsd_loss_and_gradients", s, t, KAPPA, EPS, "std", "float32", k, True, True, **options).outputs
+        for k in (1.0, 2.0)
+    )
+    for factor, x, y in zip((2, 1, 1, 1, 2, 2), once, twice):
+        assert torch.equal(factor * x, y)
 
 
 @pytest.mark.parametrize("options", [{}, SMALL])
@@ -193,8 +205,9 @@ def test_a_given_gram_matrix_equals_its_own(interpreter, n, need, precision):
     assert len(given.launches) == (3 if need[1] else 2)
     if n % 16 == 0:
         assert set(given.operators) <= {"empty", "split_with_sizes", "split"}
-    for x, y in zip(own.outputs, given.outputs):
-        assert torch.equal(x, y)
+    wider = interpreter("rsd_forward", *options, gram=matrix.float())
+    for x, y, z in zip(own.outputs, given.outputs, wider.outputs):
+        assert torch.equal(x, y) and torch.equal(x, z)
 
 
 def test_a_given_gram_matrix_of_any_strides_and_with_more_samples_than_columns(interpreter):
@@ -202,11 +215,11 @@ def test_a_given_gram_matrix_of_any_strides_and_with_more_samples_than_columns(i
     matrix = interpreter("teacher_gram", t, EPS, "std", "float32", **SMALL).outputs
     spread = torch.full((40, 60), float("nan"))[::2, ::3]
     spread[:] = matrix
-    got = interpreter("rsd_forward_with_loss", s, t, KAPPA, EPS, "std", "float32", True, False, gram=spread)
+    got = interpreter("rsd_loss_and_gradients", s, t, KAPPA, EPS, "std", "float32", 1.0, True, False, gram=spread)
     check(got.outputs, s, t, (True, False), "float32")
     s, t = pair(50, 20)
     matrix = interpreter("teacher_gram", t, EPS, "std", "float32").outputs
-    got = interpreter("rsd_forward_with_loss", s, t, KAPPA, EPS, "std", "float32", True, False, gram=matrix)
+    got = interpreter("rsd_loss_and_gradients", s, t, KAPPA, EPS, "std", "float32", 1.0, True, False, gram=matrix)
     assert matrix.shape == (50, 50) and len(got.launches) == 3  # the covariance form has no use for it
     check(got.outputs, s, t, (True, False), "float32")
 
@@ -216,7 +229,7 @@ def test_a_given_gram_matrix_of_any_strides_and_with_more_samples_than_columns(i
 def test_runs_are_bitwise_equal(interpreter, shape, options):
     s, t = pair(*shape)
     first, second = (
-        interpreter("rsd_forward_with_loss", s, t, KAPPA, EPS, "std", "float16", True, True, **options).outputs
+        interpreter("rsd_loss_and_gradients", s, t, KAPPA, EPS, "std", "float16", 1.0, True, True, **options).outputs
         for _ in range(2)
     )
     assert all(torch.equal(x, y) for x, y in zip(first, second))
@@ -231,7 +244,7 @@ def test_constant_columns_have_the_finite_gradient_of_the_equation(interpreter, 
     x[:, 3], x[:, 7] = 0.1, 12345.678
     if side == "expanded":  # stride 0: every teacher column is constant
         t = t[:1].expand(shape)
-    got = interpreter("rsd_forward_with_loss", s, t, KAPPA, EPS, "std", "float32", True, True, **options).outputs
+    got = interpreter("rsd_loss_and_gradients", s, t, KAPPA, EPS, "std", "float32", 1.0, True, True, **options).outputs
     want = expected(s, t)
     assert abs(got[0].double() - want[0]) <= 1e-6 * want[0]
     for gradient, truth in zip(got[4:], want[4:6]):
@@ -262,9 +275,9 @@ GPU_SHAPES = [(128, 768), (100, 1000), (256, 1024), (512, 768), (600, 1000), (10
 
 
 def _on_the_gpu(s: Tensor, t: Tensor, precision: str) -> list[Tensor]:
-    from xdfast.kernels.rsd import rsd_forward_with_loss
+    from xdfast.kernels.rsd import rsd_loss_and_gradients
 
-    outputs = rsd_forward_with_loss(s.cuda(), t.cuda(), KAPPA, EPS, "std", precision, True, True)
+    outputs = rsd_loss_and_gradients(s.cuda(), t.cuda(), KAPPA, EPS, "std", precision, 1.0, True, True)
     return [out.cpu() for out in outputs]
 
 
@@ -291,16 +304,16 @@ def test_runs_are_bitwise_equal_on_the_gpu(shape):
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(128, 768), (600, 1000), (1024, 768)])
 def test_captured_in_a_cuda_graph(shape):
-    from xdfast.kernels.rsd import rsd_forward_with_loss, teacher_gram
+    from xdfast.kernels.rsd import rsd_loss_and_gradients, teacher_gram
 
     s, t = (x.cuda() for x in pair(*shape))
-    options = (KAPPA, EPS, "std", "bfloat16", True, True)
-    rsd_forward_with_loss(s, t, *options, gram=teacher_gram(t, EPS, "std", "bfloat16"))  # compiles
+    options = (KAPPA, EPS, "std", "bfloat16", 1.0, True, True)
+    rsd_loss_and_gradients(s, t, *options, gram=teacher_gram(t, EPS, "std", "bfloat16"))  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = rsd_forward_with_loss(s, t, *options, gram=teacher_gram(t, EPS, "std", "bfloat16"))
+        captured = rsd_loss_and_gradients(s, t, *options, gram=teacher_gram(t, EPS, "std", "bfloat16"))
     s.copy_(pair(*shape, seed=1)[0])
     for _ in range(3):
         graph.replay()
-    for x, y in zip(captured, rsd_forward_with_loss(s, t, *options)):
+    for x, y in zip(captured, rsd_loss_and_gradients(s, t, *options)):
         torch.testing.assert_close(x, y)
