@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["EPS_MODES", "PRECISIONS", "Outputs", "prepare_torch", "rsd_forward"]
+__all__ = ["EPS_MODES", "PRECISIONS", "Outputs", "compute_dtype", "prepare_torch", "rsd_forward", "standardize"]
 
 #: Where ε goes: added to the std (RSD) or to the variance under the root (batch norm, Barlow Twins).
 EPS_MODES = ("std", "var")
@@ -43,7 +43,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
-def _statistics(x: Tensor, eps: float, eps_mode: str) -> tuple[Tensor, Tensor]:
+def standardize(x: Tensor, eps: float, eps_mode: str) -> tuple[Tensor, Tensor]:
     """Standardised x [N, D] (fp32 or fp64) and its statistics [4, D]: mean = hi + lo, inv, ratio.
 
     The mean is subtracted twice (hi, then the mean of the remainder): one fp32 mean is rounded, and with column means
@@ -82,7 +82,7 @@ def _gram(z: Tensor, precision: str) -> Tensor:
 
 def prepare_torch(teacher: Tensor, eps: float, eps_mode: str, precision: str) -> tuple[Tensor, Tensor]:
     """(statistics [4, D], Gram matrix z zᵀ / D [N, N] if N < D, else [0, 0]) of a teacher batch."""
-    z, statistics = _statistics(teacher.to(compute_dtype(teacher)), eps, eps_mode)
+    z, statistics = standardize(teacher.to(compute_dtype(teacher)), eps, eps_mode)
     n, d = z.shape
     return statistics, _gram(z, precision) if n < d else z.new_empty(0, 0)
 
@@ -103,9 +103,9 @@ def rsd_forward(
     """Loss, parts and gradients; ``scale`` multiplies loss and gradients."""
     n, d = student.shape
     dtype = compute_dtype(student, teacher)
-    s, statistics_s = _statistics(student.to(dtype), eps, eps_mode)
+    s, statistics_s = standardize(student.to(dtype), eps, eps_mode)
     if statistics is None:
-        t, statistics_t = _statistics(teacher.to(dtype), eps, eps_mode)
+        t, statistics_t = standardize(teacher.to(dtype), eps, eps_mode)
     else:
         statistics_t = statistics.to(dtype)
         hi, lo, inv, _ = statistics_t

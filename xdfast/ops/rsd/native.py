@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from xdfast.ops.rsd.fast import Outputs, compute_dtype, prepare_torch, rsd_forward
+from xdfast.ops.rsd.fast import Outputs, compute_dtype, prepare_torch, rsd_forward, standardize
 
 __all__ = ["cpp_available", "prepare_cpp", "prepare_triton", "run_cpp", "run_triton", "triton_available"]
 
@@ -118,7 +118,7 @@ def prepare_triton(teacher: Tensor, eps: float, eps_mode: str, precision: str) -
     from xdfast.kernels.rsd import teacher_gram
 
     n, d = teacher.shape
-    statistics, _ = prepare_torch(teacher, eps, eps_mode, precision) if n >= d else (None, None)
-    if statistics is not None:
-        return statistics, teacher.new_empty(0, 0)
-    return teacher_gram(teacher, eps, eps_mode, precision)
+    _, statistics = standardize(teacher.float(), eps, eps_mode)
+    if n >= d:
+        return statistics, statistics.new_empty(0, 0)
+    return statistics, teacher_gram(teacher, eps, eps_mode, precision).float()
