@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
+
 import pytest
 import torch
 from tolerances import TOLERANCES, relative
@@ -193,3 +196,8 @@ def test_equal_to_lightly(name, n, d) -> None:
         grads = torch.autograd.grad(ours, (a, b)), torch.autograd.grad(theirs, (a, b))
         for actual, wanted in zip(*grads):
             assert relative(actual, wanted) < 2 * TOLERANCES["gradient", dtype]
+
+
+@pytest.mark.parametrize("module", ["xdfast.losses.barlow_twins", "xdfast.losses.vicreg", "xdfast.ops.covariance"])
+def test_examples_in_docstrings_run(module) -> None:
+    assert doctest.testmod(importlib.import_module(module)).failed == 0

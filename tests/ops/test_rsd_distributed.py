@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import ranks
 import torch
 
 import xdfast
-from xdfast.ops.rsd import PreparedTeacher, prepare_teacher, rsd_loss, rsd_loss_distributed
+from xdfast.ops.rsd import PreparedTeacher, distributed, prepare_teacher, rsd_loss, rsd_loss_distributed
 
 CHECKS = Path(__file__).with_name("ranks_rsd.py")
 
@@ -61,3 +62,7 @@ def test_options_of_the_loss() -> None:
     with pytest.raises(ValueError, match="statistics must be one of 'global', 'average', got 'local'"):
         rsd_loss_distributed(torch.randn(4, 5), torch.randn(4, 5), statistics="local")
     assert "statistics='global'" in repr(xdfast.RSDLoss(statistics="global"))
+
+
+def test_the_example_in_the_docstring_runs() -> None:
+    assert doctest.testmod(distributed).failed == 0
