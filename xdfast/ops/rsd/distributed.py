@@ -80,8 +80,9 @@ def rsd_loss_distributed(
         ddp_average: multiply gradients by the number of ranks.
         uneven: ranks exchange (n, width, dtypes, options, errors) first, so that numbers of rows may differ, and a rank
             with bad input or other options raises on *all* ranks instead of leaving them waiting. The host waits for
-            that message. ``False`` promises equal n and equal everything: no exchange, no host synchronisation, and the
-            call can be captured in a CUDA graph (NCCL); a promise that is broken hangs or computes garbage.
+            that message. ``False`` promises equal n and equal everything: no exchange and no host synchronisation,
+            which is what capture in a CUDA graph needs; a promise that is broken hangs or computes garbage, and bad
+            input raises on its own rank only.
         kappa, eps, reduction, weight, eps_mode, precision, return_components: as in :func:`xdfast.rsd_loss`.
 
     Shape:
