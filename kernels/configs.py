@@ -53,8 +53,13 @@ _STANDARDIZE_RESIDENT = (
 )
 _STANDARDIZE_STREAM = (Tile(None, 128, 16, 8),)
 
+# Products. Small outputs take small tiles: N = 128 has 10 of 32 × 32, times the splits, and would have 3 of 64 × 64.
+# gradient_resident: 16 columns for the reason above, warps so that U is 16 values a thread, steps of 64 in half precision
+# (128 bytes, one row of swizzled shared memory; 32 in tf32 likewise) and three in flight where K is longer than two.
+# Beyond 512 rows (256 where fp32 doubles the bytes) one program a column block reads too much of K alone, hence _parked.
+# Warps are otherwise the fewest that spill nothing under Triton 3.5 and 3.9 on all three architectures.
 _HALF = {
-    "product": (Tile(256, 32, 32, 4, 3, 64), Tile(1024, 64, 64, 4, 3, 64), Tile(None, 128, 128, 8, 3, 64)),
+    "product": (Tile(256, 32, 32, 4, 3, 64), Tile(1024, 64, 64, 8, 3, 64), Tile(None, 128, 128, 8, 3, 64)),
     "gradient_resident": (
         Tile(16, 16, 16, 1, 2, 16),
         Tile(32, 32, 16, 1, 2, 32),
@@ -69,7 +74,7 @@ _HALF = {
 # Blackwell's tensor cores take 4 or 8 warps. The rows of its own, each the nearest that spills nothing under Triton 3.5
 # and 3.9 (most often the assembler aims at 64, 80 or 128 registers there and just misses): 2 warps or 16 are mma.sync.
 _HALF_100 = _HALF | {
-    "product": (_HALF["product"][0], Tile(1024, 64, 64, 8, 3, 64), _HALF["product"][2]),
+    "gradient_covariance": (Tile(1024, 64, 64, 8, 3, 64), _HALF["gradient_covariance"][1]),
     "gradient_resident": (
         *_HALF["gradient_resident"][:2],
         Tile(64, 64, 16, 2, 2, 64),
@@ -79,7 +84,7 @@ _HALF_100 = _HALF | {
     ),
 }
 _TF32 = {
-    "product": (Tile(256, 32, 32, 4, 3, 32), Tile(None, 64, 64, 4, 3, 32)),
+    "product": (Tile(256, 32, 32, 4, 3, 32), Tile(None, 64, 64, 8, 3, 32)),
     "gradient_resident": (
         Tile(16, 16, 16, 1, 2, 16),
         Tile(32, 32, 16, 1, 2, 32),
@@ -101,8 +106,9 @@ _FP32 = {
         Tile(128, 128, 16, 4, 3, 16),
         Tile(256, 256, 16, 8, 3, 16),
     ),
-    "gradient_parked": (Tile(None, 64, 32, 4, 3, 16),),
-    "gradient_covariance": (Tile(None, 64, 64, 8, 3, 16),),
+    "gradient_parked": (Tile(None, 128, 32, 8, 3, 16),),
+    # 64 × 64 spills with 8 warps and takes 255 registers with 4.
+    "gradient_covariance": (Tile(None, 64, 32, 4, 3, 16),),
 }
 
 _TABLE: dict[tuple[str, int, str], tuple[Tile, ...]] = {}
