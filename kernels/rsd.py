@@ -20,7 +20,7 @@ from .rsd_gradient import gradient_covariance, gradient_parked, gradient_residen
 from .rsd_product import product
 from .rsd_standardize import standardize_resident, standardize_stream
 
-__all__ = ["rsd_forward", "rsd_loss_and_gradients", "teacher_gram"]
+__all__ = ["rsd_loss_and_gradients", "teacher_gram"]
 
 #: precision → (dtype of the matrices that are multiplied, name in the tile table, input_precision of tl.dot)
 _PRECISIONS = {
@@ -224,22 +224,6 @@ def rsd_loss_and_gradients(
     return loss, invariance, decorrelation, diagonal, grad_student, grad_teacher
 
 
-def rsd_forward(
-    student: Tensor,
-    teacher: Tensor,
-    kappa: float,
-    eps: float,
-    eps_mode: str,
-    precision: str,
-    need_student: bool,
-    need_teacher: bool,
-    gram: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:func:`rsd_loss_and_gradients` without loss and scale: (invariance, decorrelation, mean diagonal, ∂L/∂s, ∂L/∂t)."""
-    options = (kappa, eps, eps_mode, precision, 1.0, need_student, need_teacher, gram)
-    return rsd_loss_and_gradients(student, teacher, *options)[1:]
-
-
 @lru_cache(maxsize=64)
 def _plan_gram(n: int, d: int, arch: int, precision: str, variance: bool) -> tuple[_Launch, _Product]:
     _, dtype, dot = _PRECISIONS[precision]
@@ -254,7 +238,7 @@ def teacher_gram(
     precision: str,
 ) -> Tensor:
     """T Tᵀ / D of the standardised teacher in two launches (and a copy where N is not divisible by 16), for
-    :func:`rsd_forward` when the same teacher batch comes again.
+    :func:`rsd_loss_and_gradients` when the same teacher batch comes again.
 
     Args:
         teacher: as in :func:`rsd_loss_and_gradients`.
