@@ -18,9 +18,10 @@
 
 namespace xdfast {
 
-constexpr int kVectors = 4;     // vectors of columns handled together: 4 independent accumulation chains
-constexpr int64_t kChunk = 64;  // rows summed in fp32 before the sum is moved to fp64
-constexpr int64_t kStrip = 8;   // rows normalised with one load of a block's constants
+constexpr int kVectors = 4;          // vectors of columns handled together: 4 independent accumulation chains
+constexpr int64_t kChunk = 64;       // rows summed in fp32 before the sum is moved to fp64
+constexpr int64_t kCopyRows = 1024;  // 64 columns of so many rows are 256 KiB: a fraction of L2
+constexpr int64_t kStrip = 8;        // rows normalised with one load of a block's constants
 
 // Per column: mean = hi + lo, 1 / (std + eps), and the factor of the standardisation's own gradient. Four rows of [4,
 // D].
@@ -71,67 +72,66 @@ XD_INLINE void put_row(float* out, int64_t columns, const typename Vector<W>::F 
 }
 
 template <int W>
-XD_INLINE void flush(typename Vector<W>::F (&sum)[kVectors], double* total) {
-  float lanes[kVectors * W];
-  for (int v = 0; v < kVectors; ++v) store<W>(lanes + v * W, sum[v]);
-  for (int j = 0; j < kVectors * W; ++j) total[j] += static_cast<double>(lanes[j]);
-  for (int v = 0; v < kVectors; ++v) sum[v] = typename Vector<W>::F{};
-}
-
-template <int W>
 struct BlockStatistics {
   static constexpr int C = kVectors * W;
   float hi[C], lo[C], inv[C], ratio[C];
 };
 
-// Statistics of one block of C = kVectors * W columns; all sums stay in registers. The fp32 rows are left in z, which
-// the later passes read: its row stride is no power of two, so the block stays in cache where that of x would not.
+// Statistics of one block of C = kVectors * W columns: chunk by chunk of rows, each with two passes while it is in L1,
+// merged in fp64 after Chan. All sums of a chunk stay in registers. Up to kCopyRows rows the fp32 rows are left in z,
+// which normalisation then reads: its row stride is no power of two, so the block stays in L2 where that of x would
+// not.
 template <typename T, int W, bool Partial>
 XD_INLINE void column_statistics(const StandardizeProblem<T>& p, int64_t d, int64_t columns, BlockStatistics<W>& out) {
   using F = typename Vector<W>::F;
   constexpr int C = BlockStatistics<W>::C;
   const Rows<T, W, Partial> rows{p.x + d, p.stride, columns};
-  const Rows<float, W, Partial> copied{p.z + d, p.z_stride, columns};
-  const double count = static_cast<double>(p.N);
-  double total[C] = {}, squares[C] = {};
-  F sum[kVectors] = {}, square[kVectors] = {}, row[kVectors], hi[kVectors];
+  const bool copy = p.N <= kCopyRows;
+  double mean[C] = {}, m2[C] = {};
 
-  // 1. hi = fp32 mean of x
   for (int64_t n0 = 0; n0 < p.N; n0 += kChunk) {
     const int64_t n1 = std::min(p.N, n0 + kChunk);
+    const double before = static_cast<double>(n0), count = static_cast<double>(n1 - n0);
+    F sum[kVectors] = {}, square[kVectors] = {}, row[kVectors], hi[kVectors];
+    float chunk_hi[C], chunk_lo[C], chunk_squares[C];
     for (int64_t n = n0; n < n1; ++n) {
       rows.get(n, row);
       for (int v = 0; v < kVectors; ++v) sum[v] += row[v];
-      put_row<W, Partial>(p.z + n * p.z_stride + d, columns, row);
+      if (copy) put_row<W, Partial>(p.z + n * p.z_stride + d, columns, row);
     }
-    flush<W>(sum, total);
-  }
-  for (int j = 0; j < C; ++j) out.hi[j] = static_cast<float>(total[j] / count);
-  for (int v = 0; v < kVectors; ++v) load<W>(out.hi + v * W, hi[v]);
-
-  // 2. lo = mean of x - hi; biased variance around hi + lo
-  std::memset(total, 0, sizeof(total));
-  for (int64_t n0 = 0; n0 < p.N; n0 += kChunk) {
-    const int64_t n1 = std::min(p.N, n0 + kChunk);
+    for (int v = 0; v < kVectors; ++v) {
+      hi[v] = sum[v] / static_cast<float>(n1 - n0);
+      store<W>(chunk_hi + v * W, hi[v]);
+      sum[v] = F{};
+    }
     for (int64_t n = n0; n < n1; ++n) {
-      copied.get(n, row);
+      rows.get(n, row);
       for (int v = 0; v < kVectors; ++v) {
         const F centred = row[v] - hi[v];
         sum[v] += centred;
         square[v] += centred * centred;
       }
     }
-    flush<W>(sum, total);
-    flush<W>(square, squares);
+    for (int v = 0; v < kVectors; ++v) {
+      store<W>(chunk_lo + v * W, sum[v]);
+      store<W>(chunk_squares + v * W, square[v]);
+    }
+    for (int j = 0; j < C; ++j) {
+      // Divided, not multiplied by 1/count: in a constant column x - hi is the same small number in every row, its sums
+      // are exact, and only an exact quotient makes the variance exactly 0 (and so the ratio 0, not 1e10).
+      const double lo = static_cast<double>(chunk_lo[j]) / count;
+      const double delta = chunk_hi[j] + lo - mean[j];
+      mean[j] += delta * (count / (before + count));
+      m2[j] += (static_cast<double>(chunk_squares[j]) - lo * lo * count) +
+               delta * delta * (before * count / (before + count));
+    }
   }
   for (int j = 0; j < C; ++j) {
-    // Divided, not multiplied by 1/N: in a constant column x - hi is the same small number in every row, its sums are
-    // exact, and only an exact quotient makes the variance exactly 0 (and so the ratio 0, not 1e10).
-    const double mean_lo = total[j] / count;
-    double variance = squares[j] / count - mean_lo * mean_lo;
+    double variance = m2[j] / static_cast<double>(p.N);
     if (variance < 0.0) variance = 0.0;  // rounding; a NaN is kept, the comparison is false
     const double std_ = std::sqrt(variance);
-    out.lo[j] = static_cast<float>(mean_lo);
+    out.hi[j] = static_cast<float>(mean[j]);
+    out.lo[j] = static_cast<float>(mean[j] - out.hi[j]);
     out.inv[j] = static_cast<float>(p.eps_on_variance ? 1.0 / std::sqrt(variance + p.eps) : 1.0 / (std_ + p.eps));
     out.ratio[j] = p.eps_on_variance ? 1.0f : std_ == 0.0 ? 0.0f : static_cast<float>((std_ + p.eps) / std_);
   }
@@ -157,7 +157,7 @@ XD_INLINE void normalize_rows(
 template <typename T, int W, bool Partial>
 XD_INLINE void normalize_block(
     const StandardizeProblem<T>& p, int64_t d, int64_t columns, int64_t n0, int64_t n1, const BlockStatistics<W>& s) {
-  if (p.statistics_known) {
+  if (p.statistics_known || p.N > kCopyRows) {
     normalize_rows<T, W, Partial>({p.x + d, p.stride, columns}, n0, n1, s, p.z + d, p.z_stride);
   } else {
     normalize_rows<float, W, Partial>({p.z + d, p.z_stride, columns}, n0, n1, s, p.z + d, p.z_stride);
