@@ -26,16 +26,16 @@ needs = ((True, False), (False, True), (True, True), (False, False))
 for (n, d), need, mode in itertools.product(((20, 33), (33, 20)), needs, ("std", "var")):
     student, teacher = torch.randn(n, d), torch.randn(n, d)
     args = (student, teacher, 0.01, 1e-5, mode, "float32", 0.5, *need)
-    compare(native.run_triton(*args), rsd_forward(*args))
+    compare(native.run_triton(*args, None, None), rsd_forward(*args))
     if not need[1]:
         prepared = native.prepare_triton(teacher, 1e-5, mode, "float32")
         compare(prepared, prepare_torch(teacher, 1e-5, mode, "float32"))
         gram = prepared[1] if prepared[1].numel() else None
         compare(native.run_triton(*args, prepared[0], gram), rsd_forward(*args))
 double = torch.randn(9, 12, dtype=torch.float64)
-assert native.run_triton(double, double + 1, 0.01, 1e-5, "std", "float32", 1.0, True, False)[0].dtype == torch.float64
+assert native.run_triton(double, double + 1, 0.01, 1e-5, "std", "float32", 1.0, True, False, None, None)[0].dtype == torch.float64
 half = torch.randn(20, 33).half()
-gradient = native.run_triton(half, half.flip(0), 0.01, 1e-5, "std", "float16", 1.0, True, False)[4]
+gradient = native.run_triton(half, half.flip(0), 0.01, 1e-5, "std", "float16", 1.0, True, False, None, None)[4]
 assert gradient.dtype == torch.float16 and gradient.isfinite().all()
 print("agree")
 """

@@ -27,7 +27,8 @@ from torch import Tensor
 from xdfast.ops._cross import column_dots, cross_products
 from xdfast.ops._define import define_op
 from xdfast.ops._group import agree, resolve
-from xdfast.ops.rsd.fast import compute_dtype
+from xdfast.ops.rsd.fast import Outputs, compute_dtype
+from xdfast.ops.rsd.op import fake_outputs
 
 __all__ = ["column_moments", "merge_moments", "rsd_loss_distributed_op"]
 
@@ -168,27 +169,8 @@ def _check_counts(counts: list[int], average: bool) -> None:
         )
 
 
-def _fake(
-    student: Tensor,
-    teacher: Tensor,
-    kappa: float,
-    eps: float,
-    eps_mode: str,
-    precision: str,
-    scale: float,
-    need_student: bool,
-    need_teacher: bool,
-    average: bool,
-    ddp_average: bool,
-    uneven: bool,
-    group: str,
-    error: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(student, teacher)
-    loss, invariance, decorrelation, mean_diagonal = (student.new_empty((), dtype=dtype) for _ in range(4))
-    grad_s = student.new_empty(student.shape if need_student else (0, 0))
-    grad_t = teacher.new_empty(teacher.shape if need_teacher else (0, 0))
-    return loss, invariance, decorrelation, mean_diagonal, grad_s, grad_t
+def _fake(student: Tensor, teacher: Tensor, *options: Any) -> Outputs:
+    return fake_outputs(student, teacher, *options[5:7])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

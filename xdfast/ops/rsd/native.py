@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,28 +54,13 @@ def _bf16_gemm() -> bool:
     return bool(torch.ops.xdfast_c.cpu_has_bf16_gemm())
 
 
-def run_cpp(
-    student: Tensor,
-    teacher: Tensor,
-    kappa: float,
-    eps: float,
-    eps_mode: str,
-    precision: str,
-    scale: float,
-    need_student: bool,
-    need_teacher: bool,
-    statistics: Tensor | None = None,
-    gram: Tensor | None = None,
-) -> Outputs:
-    """:func:`xdfast.ops.rsd.fast.rsd_forward` by ``xdfast_c::rsd_loss`` (csrc/cpu/rsd.cpp)."""
+def run_cpp(student: Tensor, teacher: Tensor, *options: Any) -> Outputs:
+    """:func:`xdfast.ops.rsd.fast.rsd_forward` by ``xdfast_c::rsd_loss`` (csrc/cpu/rsd.cpp); same arguments."""
     if compute_dtype(student, teacher) == torch.float64:
-        return rsd_forward(
-            student, teacher, kappa, eps, eps_mode, precision, scale, need_student, need_teacher, statistics, gram
-        )
+        return rsd_forward(student, teacher, *options)
+    kappa, eps, eps_mode, precision, *rest = options  # scale, which gradients, the prepared teacher's tensors
     bf16 = precision == "bfloat16" and _bf16_gemm()
-    return torch.ops.xdfast_c.rsd_loss.default(
-        student, teacher, kappa, eps, eps_mode == "var", bf16, scale, need_student, need_teacher, statistics, gram
-    )
+    return torch.ops.xdfast_c.rsd_loss.default(student, teacher, kappa, eps, eps_mode == "var", bf16, *rest)
 
 
 def prepare_cpp(teacher: Tensor, eps: float, eps_mode: str, precision: str) -> tuple[Tensor, Tensor]:
@@ -85,30 +71,15 @@ def prepare_cpp(teacher: Tensor, eps: float, eps_mode: str, precision: str) -> t
     return torch.ops.xdfast_c.rsd_prepare.default(teacher, eps, eps_mode == "var", bf16)
 
 
-def run_triton(
-    student: Tensor,
-    teacher: Tensor,
-    kappa: float,
-    eps: float,
-    eps_mode: str,
-    precision: str,
-    scale: float,
-    need_student: bool,
-    need_teacher: bool,
-    statistics: Tensor | None = None,
-    gram: Tensor | None = None,
-) -> Outputs:
-    """:func:`xdfast.ops.rsd.fast.rsd_forward` by ``xdfast.kernels.rsd`` (kernels/rsd.py)."""
+def run_triton(student: Tensor, teacher: Tensor, *options: Any) -> Outputs:
+    """:func:`xdfast.ops.rsd.fast.rsd_forward` by ``xdfast.kernels.rsd`` (kernels/rsd.py); same arguments."""
     if compute_dtype(student, teacher) == torch.float64:
-        return rsd_forward(
-            student, teacher, kappa, eps, eps_mode, precision, scale, need_student, need_teacher, statistics, gram
-        )
+        return rsd_forward(student, teacher, *options)
     from xdfast.kernels.rsd import rsd_loss_and_gradients
 
     # The teacher's statistics cost nothing beside reading it, which the kernel has to do anyway; its Gram matrix does.
-    return rsd_loss_and_gradients(
-        student, teacher, kappa, eps, eps_mode, precision, scale, need_student, need_teacher, gram
-    )
+    *first, _, gram = options
+    return rsd_loss_and_gradients(student, teacher, *first, gram)
 
 
 def prepare_triton(teacher: Tensor, eps: float, eps_mode: str, precision: str) -> tuple[Tensor, Tensor]:

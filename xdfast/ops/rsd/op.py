@@ -13,7 +13,7 @@ from xdfast.ops.rsd import native
 from xdfast.ops.rsd.fast import PRECISIONS, Outputs, compute_dtype, prepare_torch, rsd_forward
 from xdfast.ops.rsd.reference import rsd_loss_reference
 
-__all__ = ["reference_components", "resolve_precision", "rsd_loss_op", "rsd_prepare_op"]
+__all__ = ["fake_outputs", "reference_components", "resolve_precision", "rsd_loss_op", "rsd_prepare_op"]
 
 _NAME = "rsd_loss"
 
@@ -37,24 +37,17 @@ def _rsd_loss(
     )  # fmt: skip
 
 
-def _fake(
-    student: Tensor,
-    teacher: Tensor,
-    kappa: float,
-    eps: float,
-    eps_mode: str,
-    precision: str,
-    scale: float,
-    need_student: bool,
-    need_teacher: bool,
-    statistics: Tensor | None,
-    gram: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def fake_outputs(student: Tensor, teacher: Tensor, need_student: bool, need_teacher: bool) -> Outputs:
+    """What the op returns, in shapes and dtypes alone."""
     dtype = compute_dtype(student, teacher)
     loss, invariance, decorrelation, mean_diagonal = (student.new_empty((), dtype=dtype) for _ in range(4))
     grad_s = student.new_empty(student.shape if need_student else (0, 0))
     grad_t = teacher.new_empty(teacher.shape if need_teacher else (0, 0))
     return loss, invariance, decorrelation, mean_diagonal, grad_s, grad_t
+
+
+def _fake(student: Tensor, teacher: Tensor, *options: Any) -> Outputs:
+    return fake_outputs(student, teacher, *options[5:7])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
