@@ -11,6 +11,7 @@
 #endif
 
 #include <algorithm>
+#include <cstdlib>
 #include <string>
 
 namespace xdfast {
@@ -22,8 +23,11 @@ using Sgemm = void (*)(
 
 // Looked up in the library that holds at::mm, not in the whole process: NumPy or SciPy may have brought another BLAS,
 // whose integers can be 64 bits wide.
+// XDFAST_CPU_GEMM=at takes at::mm all the same: the way of builds without sgemm_, for tests where there is one.
 Sgemm find_sgemm() {
 #if defined(__linux__)
+  const char* forced = std::getenv("XDFAST_CPU_GEMM");
+  if (forced && std::string(forced) == "at") return nullptr;
   Dl_info info;
   if (dladdr(reinterpret_cast<const void*>(&at::get_cpu_capability), &info) && info.dli_fname) {
     if (void* library = dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD)) {
@@ -69,7 +73,7 @@ void gemm(
 }
 
 const char* gemm_source() {
-  return sgemm() ? "sgemm of torch's BLAS" : "at::mm (this torch exports no sgemm)";
+  return sgemm() ? "sgemm of torch's BLAS" : "at::mm (no sgemm exported by this torch, or XDFAST_CPU_GEMM=at)";
 }
 
 bool has_bf16_gemm() {

@@ -331,3 +331,13 @@ def test_every_instruction_set(capability, tmp_path) -> None:
     name, bf16 = process.stdout.split()
     assert name == capability.upper()
     assert bf16 == str(HAS_BF16) if capability == "avx512" else bf16 == "False"
+
+
+def test_without_an_exported_sgemm(tmp_path) -> None:
+    """Torch builds that export no BLAS multiply by at::mm; every form and thread count goes that way here."""
+    environment = os.environ | {"XDFAST_CPU_GEMM": "at", "PYTHONSAFEPATH": "1"}
+    script = _OTHER_ISA + "assert op.cpu_gemm().startswith('at::mm'), op.cpu_gemm()\n"
+    process = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
