@@ -75,10 +75,10 @@ class ZipSource(ImageSource):
         self._pid = -1
 
     def load(self, i: int) -> Image.Image:
-        return decode(self._read(i), self.path(i))
+        return decode(self.read(i), self.path(i))
 
     def size(self, i: int) -> tuple[int, int]:
-        return image_size(self._read(i), self.path(i))
+        return image_size(self.read(i), self.path(i))
 
     def path(self, i: int) -> str:
         return f"{self.name}:{self._names[i]}"
@@ -89,8 +89,12 @@ class ZipSource(ImageSource):
     def content_digest(self) -> bytes:
         return self._crc.tobytes()
 
-    def _read(self, i: int) -> bytes:
-        """The member's bytes, checked against its CRC."""
+    def read(self, i: int) -> bytes:
+        """The member's bytes, checked against its CRC.
+
+        Raises:
+            BadImage: encrypted, damaged, or larger than 1 GiB.
+        """
         path = self.path(i)
         if self._flags[i] & _ENCRYPTED:
             raise BadImage(path, "the archive member is encrypted")

@@ -40,12 +40,13 @@ class FolderSource(ImageSource):
         self._names = PackedStrings(found.names)
 
     def load(self, i: int) -> Image.Image:
-        path = self.path(i)
-        return decode(_read(path), path)
+        return decode(self.read(i), self.path(i))
+
+    def read(self, i: int) -> bytes:
+        return _read(self.path(i))
 
     def size(self, i: int) -> tuple[int, int]:
-        path = self.path(i)
-        return image_size(_read(path), path)
+        return image_size(self.read(i), self.path(i))
 
     def path(self, i: int) -> str:
         return os.path.join(self.name, self._names[i])

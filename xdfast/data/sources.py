@@ -52,6 +52,14 @@ class ImageSource(ABC):
             BadImage: it cannot be read.
         """
 
+    def read(self, i: int) -> bytes | None:
+        """The encoded file of image ``i`` (JPEG, PNG, …), or None where there is none: pixels in memory, a user's dataset.
+
+        Raises:
+            BadImage: it cannot be read.
+        """
+        return None
+
     @abstractmethod
     def path(self, i: int) -> str:
         """Where image ``i`` comes from: a file, an archive member, a dataset item."""
@@ -124,6 +132,9 @@ class SubsetSource(ImageSource):
 
     def load(self, i: int) -> Image.Image:
         return self.source.load(int(self.indices[i]))
+
+    def read(self, i: int) -> bytes | None:
+        return self.source.read(int(self.indices[i]))
 
     def path(self, i: int) -> str:
         return self.source.path(int(self.indices[i]))
