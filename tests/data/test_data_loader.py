@@ -57,7 +57,9 @@ def test_workers_and_interruptions_change_nothing(source, kind):
     assert len(ids[0].unique()) == 20  # 23 images: the last, incomplete batch is dropped
     for batch in whole[0]:
         assert (
-            batch.images.shape == (4, 3, 16, 16) and batch.images.dtype == torch.uint8 and batch.images.is_contiguous()
+            batch.images.shape == (4, 3, 16, 16)
+            and batch.images.dtype == torch.uint8
+            and batch.images.is_contiguous(memory_format=torch.channels_last)
         )
         assert batch.labels.dtype == batch.ids.dtype == torch.int64 and batch.valid.all() and len(batch) == 4
         assert batch.labels.tolist() == source.labels[batch.ids].tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -24,8 +26,12 @@ POLICIES = [
 
 def view(views: Views, image: Image.Image, epoch: int = 0, slot: int = 0) -> torch.Tensor:
     with preserved_rng():
-        views.reseed(epoch, slot)
-        return views.finish(views.base(image)[None], epoch, np.array([slot]))[0]
+        return views.finish(stack([views.base(image, epoch, slot)]), np.array([epoch]), np.array([slot]))[0]
+
+
+def stack(bases: list[np.ndarray]) -> torch.Tensor:
+    """uint8 [B, 3, S, S] from [S, S, 3] each."""
+    return torch.from_numpy(np.stack(bases)).permute(0, 3, 1, 2)
 
 
 @pytest.mark.parametrize("size", [(40, 30), (30, 40), (8, 8), (1, 1), (3, 200)])
@@ -68,9 +74,9 @@ def test_draws_follow_seed_epoch_and_sample_only(picture, crop):
 
 def test_padded_shifts_are_windows_of_the_padded_image(picture):
     views = Views(Augment(train_crop="pad", hflip=0.5), 16, True, 0)
-    bases = torch.stack([views.base(picture(i, (16, 16))) for i in range(300)])
+    bases = stack([views.base(picture(i, (16, 16)), 1, i) for i in range(300)])
     kept = bases.clone()
-    out = views.finish(bases, 1, np.arange(300))
+    out = views.finish(bases, np.ones(300, dtype=np.int64), np.arange(300))
     assert bases.equal(kept) and out.shape == bases.shape
     padded = torch.nn.functional.pad(bases, (2, 2, 2, 2))
     places = set()
@@ -84,12 +90,65 @@ def test_padded_shifts_are_windows_of_the_padded_image(picture):
     assert len(places) > 45 and len({p[:2] for p in places}) == 25  # all 50 are possible
 
 
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_pixels_are_those_of_timm_and_torchvision(picture, interpolation, train):
+    from timm.data import create_transform
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import resized_crop
+
+    for number, size in enumerate([(50, 37), (37, 51), (33, 33), (20, 90), (16, 16)]):
+        image = picture(number, size)
+        if train:
+            views = Views(Augment(interpolation=interpolation, hflip=0), 16, True, 3)
+            left, top, width, height = views.crop(2, number, *size).box
+            mode = InterpolationMode(interpolation)
+            expected = np.array(resized_crop(image, top, left, height, width, [16, 16], mode)).transpose(2, 0, 1)
+        else:
+            views = Views(Augment(interpolation=interpolation, crop_pct=0.875), 16, False, 0)
+            expected = create_transform(16, interpolation=interpolation, crop_pct=0.875, normalize=False)(image)
+        np.testing.assert_array_equal(view(views, image, 2, number), np.asarray(expected))
+
+
+def test_jitter_is_that_of_torchvision(picture):
+    from torchvision.transforms import functional
+
+    image = picture(0, (16, 16))
+    views = Views(Augment(train_crop="none", hflip=0, color_jitter=0.4), 16, True, 0)
+    orders, factors = set(), []
+    for slot in range(200):
+        expected = image
+        for name, factor in views.jitter(1, slot):
+            expected = getattr(functional, f"adjust_{name}")(expected, factor)
+            factors.append(factor)
+        np.testing.assert_array_equal(view(views, image, 1, slot).permute(1, 2, 0), expected)
+        orders.add(tuple(name for name, _ in views.jitter(1, slot)))
+    assert len(orders) == 6 and 0.6 <= min(factors) < 0.62 and 1.38 < max(factors) <= 1.4
+    assert not Views(Augment(), 16, True, 0).jitter(1, 0)
+    assert not Views(Augment(color_jitter=0.4, auto_augment="original"), 16, True, 0).jitter(1, 0)  # as in timm
+
+
+def test_the_facts_tell_views_apart():
+    facts = [
+        Views(Augment(**settings), size, train, seed).facts()
+        for settings, size, train, seed in (
+            ({}, 16, True, 0),
+            ({"hflip": 0.0}, 16, True, 0),
+            ({"scale": (0.1, 1)}, 16, True, 0),
+            ({}, 17, True, 0),
+            ({}, 16, False, 0),
+            ({}, 16, True, 1),
+        )
+    ]
+    assert len({json.dumps(f, sort_keys=True) for f in facts}) == 6
+
+
 def test_a_batch_and_its_rows_agree(picture):
     views = Views(Augment(train_crop="pad", auto_augment="rand-m9-mstd0.5-inc1"), 16, True, 0)
-    bases = torch.stack([views.base(picture(i, (16, 16))) for i in range(5)])
+    bases, numbers = stack([views.base(picture(i, (16, 16)), 3, i) for i in range(5)]), np.array([3, 0, 3, 1, 2])
     with preserved_rng():
-        whole = views.finish(bases, 3, np.arange(5))
-        rows = [views.finish(bases[i : i + 1], 3, np.arange(i, i + 1))[0] for i in reversed(range(5))]
+        whole = views.finish(bases, numbers, np.arange(5))
+        rows = [views.finish(bases[i : i + 1], numbers[i : i + 1], np.arange(i, i + 1))[0] for i in reversed(range(5))]
     assert whole.equal(torch.stack(rows[::-1]))
 
 

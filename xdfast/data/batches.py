@@ -15,15 +15,21 @@ __all__ = ["BatchPlan", "EpochPlan"]
 log = logging.getLogger("xdfast")
 
 _ORDER = 0x4F524452
+_VIEW_OF = 0x4B564945
 PADDING = -1
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """One batch before it is read: ``ids`` int64 ``[B]``, -1 where a rank has no image left (evaluation)."""
+    """One batch before it is read.
 
-    epoch: int
+    Attributes:
+        ids: int64 ``[B]`` positions in the source, -1 where a rank has no image left (evaluation).
+        views: int64 ``[B]`` which view of each: the epoch, or one of K; 0 in evaluation.
+    """
+
     ids: np.ndarray
+    views: np.ndarray
 
 
 class EpochPlan:
@@ -42,15 +48,29 @@ class EpochPlan:
         rank: this process.
         world_size: number of processes.
         drop_last: leaves out the incomplete batch; default: in training.
+        views: K, fixed views of each image, taken in turns over the epochs, not all images the same one; None: a new view in
+            every epoch.
 
     Raises:
         ValueError: fewer images than processes in training, or a value out of range.
     """
 
     def __init__(
-        self, count: int, batch_size: int, train: bool, seed: int, rank: int, world_size: int, drop_last: bool | None
+        self,
+        count: int,
+        batch_size: int,
+        train: bool,
+        seed: int,
+        rank: int,
+        world_size: int,
+        drop_last: bool | None,
+        views: int | None = None,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("world_size", world_size)):
+        for name, value in (
+            ("batch_size", batch_size),
+            ("world_size", world_size),
+            ("views", 1 if views is None else views),
+        ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer ≥ 1, got {value!r}")
         if not 0 <= rank < world_size:
@@ -73,7 +93,7 @@ class EpochPlan:
             )
             batch_size = shrunk
         self.count, self.batch_size, self.train, self.seed = count, batch_size, train, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.views = rank, world_size, views
         whole = batch_size * world_size
         self.batches_per_epoch = max(1, count // whole) if drop_last else -(-count // whole)
 
@@ -94,4 +114,15 @@ class EpochPlan:
             if missing:
                 filler = order[:missing] if self.train else np.full(missing, PADDING, dtype=np.int64)
                 piece = np.concatenate((piece, filler))
-            yield BatchPlan(epoch, piece[self.rank :: self.world_size])
+            ids = piece[self.rank :: self.world_size]
+            yield BatchPlan(ids, self.view_of(epoch, ids))
+
+    def view_of(self, epoch: int, ids: np.ndarray) -> np.ndarray:
+        """int64 ``[B]``: which view of each sample an epoch shows; over K epochs every one of K once."""
+        if not self.train:
+            return np.zeros_like(ids)
+        if self.views is None:
+            return np.full_like(ids, epoch)
+        # Offset by sample: a batch mixes all K views, so that its statistics are not those of one of them.
+        offset = hash64(_VIEW_OF, ids) % np.uint64(self.views)
+        return (np.int64(epoch) + offset.astype(np.int64)) % np.int64(self.views)

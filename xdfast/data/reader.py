@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from xdfast.data._rng import hash_int, preserved_rng
 from xdfast.data.batches import PADDING, BatchPlan
-from xdfast.data.decode import BadImage
+from xdfast.data.decode import BadImage, decode
 from xdfast.data.sources import ImageSource
 from xdfast.data.views import Views
 
-__all__ = ["Batch", "BatchReader"]
+__all__ = ["Batch", "BatchReader", "candidates", "load_image"]
 
 _REPLACE = 0x5245504C
 _TRIES = 100
@@ -29,11 +31,15 @@ class Batch:
     """Images of one step.
 
     Attributes:
-        images: uint8 ``[B, 3, S, S]``, 0..255, not normalised.
+        images: uint8 ``[B, 3, S, S]``, 0..255, not normalised, channels last in memory.
         labels: int64 ``[B]``.
-        ids: int64 ``[B]`` positions in the source.
+        ids: int64 ``[B]`` positions in the source of the images.
         valid: bool ``[B]``; False only in evaluation: an unreadable image (black; its own id and label), or filling
             where a rank has no image left (id -1, label -100).
+        slots: int64 ``[B]`` the samples the rows stand for: ``ids``, but for rows in which another image replaces an
+            unreadable one. Views are drawn from them.
+        views: int64 ``[B]`` view index of each row.
+        digests: int64 ``[B]`` crc32 of the image files (of the pixels, where there is no file); 0 unless asked for.
         bad: path → reason of the images of this batch that could not be read.
     """
 
@@ -41,6 +47,9 @@ class Batch:
     labels: Tensor
     ids: Tensor
     valid: Tensor
+    slots: Tensor
+    views: Tensor
+    digests: Tensor
     bad: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -48,94 +57,131 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Copy in page-locked memory; called by torch's DataLoader."""
-        images, labels, ids, valid = (t.pin_memory() for t in (self.images, self.labels, self.ids, self.valid))
-        return Batch(images, labels, ids, valid, self.bad)
+        tensors = (self.images, self.labels, self.ids, self.valid, self.slots, self.views, self.digests)
+        return Batch(*(t.pin_memory() for t in tensors), bad=self.bad)
 
 
 class BatchReader(torch.utils.data.Dataset):
-    """Maps a :class:`BatchPlan` to a :class:`Batch`.
+    """Maps a :class:`BatchPlan` to a :class:`Batch`, decoding with Pillow.
 
     Args:
         source: images.
         views: what to make of them.
         cache: keeps fixed bases in memory; for sources in memory, read in one process.
+        digests: fills :attr:`Batch.digests`.
     """
 
-    def __init__(self, source: ImageSource, views: Views, cache: bool) -> None:
+    def __init__(self, source: ImageSource, views: Views, cache: bool, digests: bool = False) -> None:
         self.source = source
         self.views = views
+        self.digests = digests
         self._labels = np.asarray(source.labels, dtype=np.int64)
         size = views.image_size
         self._bases: Tensor | None = None
         if cache and source.in_memory and views.fixed_base and len(source) * 3 * size * size <= _CACHE_BYTES:
-            self._bases = torch.empty((len(source), 3, size, size), dtype=torch.uint8)
+            self._bases = torch.empty((len(source), size, size, 3), dtype=torch.uint8)
             self._have = np.zeros(len(source), dtype=bool)
+            self._digests = np.zeros(len(source), dtype=np.int64)
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
-        slots = (
-            plan.ids
-        )  # a view is drawn from the id of the sample the row stands for, also where another image replaces it
+        # A view is drawn from the id of the sample the row stands for, also where another image replaces it.
+        slots, size = plan.ids, self.views.image_size
         ids = slots.copy()
         valid = slots != PADDING
+        digests = np.zeros(len(slots), dtype=np.int64)
         bad: dict[str, str] = {}
-        epoch = plan.epoch if self.views.train else 0  # evaluation is the same in every epoch
         with preserved_rng():
             if self._bases is not None and valid.all() and self._have[slots].all():
-                bases = self._bases[torch.from_numpy(slots)]
+                bases, digests = self._bases[torch.from_numpy(slots)], self._digests[slots]
             else:
-                size = self.views.image_size
-                bases = torch.zeros((len(slots), 3, size, size), dtype=torch.uint8)
+                bases = torch.zeros((len(slots), size, size, 3), dtype=torch.uint8)
                 for row in np.flatnonzero(valid):
-                    found = self._read(epoch, int(slots[row]), bases[row], bad)
+                    found = self._read(int(plan.views[row]), int(slots[row]), bases[row], bad)
                     valid[row] = found is not None
-                    ids[row] = slots[row] if found is None else found
-            images = self.views.finish(bases, epoch, slots)
-        labels = np.where(ids == PADDING, PADDING_LABEL, self._labels[ids])
-        return Batch(images, torch.from_numpy(labels), torch.from_numpy(ids), torch.from_numpy(valid), bad)
+                    ids[row], digests[row] = (slots[row], 0) if found is None else found
+            images = self.views.finish(bases.permute(0, 3, 1, 2), plan.views, slots)
+        return make_batch(images, self._labels, plan, ids, valid, digests, bad)
 
-    def _read(self, epoch: int, slot: int, out: Tensor, bad: dict[str, str]) -> int | None:
-        """Fills ``out`` uint8 ``[3, S, S]`` and returns the id of the image in it.
+    def _read(self, view: int, slot: int, out: Tensor, bad: dict[str, str]) -> tuple[int, int] | None:
+        """Fills ``out`` uint8 ``[S, S, 3]`` and returns the id of the image in it and its digest.
 
-        In training an unreadable image is replaced by another one, chosen by (seed, epoch, id) alone; in evaluation the
+        In training an unreadable image is replaced by another one, chosen by (seed, view, id) alone; in evaluation the
         answer is then None. What was unreadable is added to ``bad``.
 
         Raises:
             RuntimeError: no replacement could be read either.
         """
         first: BadImage | None = None
-        for candidate in self._candidates(epoch, slot):
+        for candidate in candidates(self.source, self.views, view, slot):
             try:
-                out.copy_(self._base(epoch, slot, candidate))
-                return candidate
+                return candidate, self._base(view, slot, candidate, out)
             except BadImage as error:
                 bad[error.path] = error.reason
                 first = first or error
         if not self.views.train:
             return None
-        raise RuntimeError(
-            f"{first}; none of {min(_TRIES, len(self.source))} images drawn to replace it can be read either: "
-            f"check {self.source.name}"
-        )
+        raise no_replacement(self.source, first)
 
-    def _candidates(self, epoch: int, slot: int) -> Iterator[int]:
-        yield slot
-        if not self.views.train:
-            return
-        # A walk through all images in steps that share no factor with their number: small sets are tried to the last image.
-        count = len(self.source)
-        start, step = (hash_int(self.views.seed, _REPLACE, epoch, slot, salt) % count for salt in (0, 1))
-        while math.gcd(step, count) != 1:
-            step += 1
-        for k in range(min(_TRIES, count)):
-            candidate = (start + k * step) % count
-            if candidate != slot:
-                yield candidate
-
-    def _base(self, epoch: int, slot: int, i: int) -> Tensor:
+    def _base(self, view: int, slot: int, i: int, out: Tensor) -> int:
         if self._bases is not None and self._have[i]:
-            return self._bases[i]
-        self.views.reseed(epoch, slot)  # before load(): a dataset of the user's may draw at random too
-        base = self.views.base(self.source.load(i))
+            out.copy_(self._bases[i])
+            return int(self._digests[i])
+        self.views.reseed(view, slot)  # before load(): a dataset of the user's may draw at random too
+        image, digest = load_image(self.source, i, self.digests)
+        out.copy_(torch.from_numpy(np.array(self.views.base(image, view, slot))))
         if self._bases is not None:
-            self._bases[i], self._have[i] = base, True
-        return base
+            self._bases[i], self._have[i], self._digests[i] = out, True, digest
+        return digest
+
+
+def load_image(source: ImageSource, i: int, digest: bool = False) -> tuple[Image.Image, int]:
+    """Image ``i``, and, if asked for, the crc32 of its file (of its pixels, where there is no file), else 0.
+
+    Raises:
+        BadImage: it cannot be read.
+    """
+    if not digest:
+        return source.load(i), 0
+    data = source.read(i)
+    if data is None:
+        image = source.load(i)
+        return image, zlib.crc32(image.tobytes())
+    return decode(data, source.path(i)), zlib.crc32(data)
+
+
+def candidates(source: ImageSource, views: Views, view: int, slot: int) -> Iterator[int]:
+    """The image of a sample, then, in training, those to try in its place where it cannot be read."""
+    yield slot
+    if not views.train:
+        return
+    # A walk through all images in steps that share no factor with their number: small sets are tried to the last image.
+    count = len(source)
+    start, step = (hash_int(views.seed, _REPLACE, view, slot, salt) % count for salt in (0, 1))
+    while math.gcd(step, count) != 1:
+        step += 1
+    for k in range(min(_TRIES, count)):
+        candidate = (start + k * step) % count
+        if candidate != slot:
+            yield candidate
+
+
+def no_replacement(source: ImageSource, first: BadImage | None) -> RuntimeError:
+    """The error where neither a sample nor what was drawn to replace it can be read."""
+    return RuntimeError(
+        f"{first}; none of {min(_TRIES, len(source))} images drawn to replace it can be read either: check {source.name}"
+    )
+
+
+def make_batch(
+    images: Tensor,
+    labels: np.ndarray,
+    plan: BatchPlan,
+    ids: np.ndarray,
+    valid: np.ndarray,
+    digests: np.ndarray,
+    bad: dict[str, str],
+) -> Batch:
+    """A :class:`Batch` of what a reader found; ``labels`` are those of the whole source."""
+    found = np.where(ids == PADDING, PADDING_LABEL, labels[ids])
+    vectors = (found, ids, valid, plan.ids, plan.views, digests)
+    return Batch(images, *(torch.from_numpy(np.ascontiguousarray(v)) for v in vectors), bad=bad)

@@ -1,7 +1,8 @@
-"""What a model gets to see of an image: crops, flips and RandAugment, each a function of (seed, epoch, sample)."""
+"""What a model gets to see of an image: crops, flips and colours, each a function of (seed, view index, sample id)."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from xdfast.data._rng import hash64, hash_int, reseed, uniform
+from xdfast.data.crops import Crop, centre_crop, random_resized_crop
 from xdfast.errors import nearest
 
 __all__ = ["Augment", "Views"]
@@ -20,8 +22,16 @@ __all__ = ["Augment", "Views"]
 _CROPS = ("rrc", "pad", "none")
 _INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest", "box", "hamming")
 _POLICY_EXAMPLES = "examples: 'rand-m9-mstd0.5-inc1', 'augmix-m5-w4-d2', 'original'"
-_LONGEST = 32
 _VIEW = 0x56494557  # keeps the draws of views apart from those of the order and of replacements
+_JITTER = ("brightness", "contrast", "saturation")
+_ENHANCERS = {
+    "brightness": ImageEnhance.Brightness,
+    "contrast": ImageEnhance.Contrast,
+    "saturation": ImageEnhance.Color,
+}
+
+#: Of the algorithm that draws views: a cache made with another one holds other views.
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -68,11 +78,11 @@ class Augment:
 
 
 class Views:
-    """Makes the uint8 views of a batch.
+    """Makes the uint8 views of a batch, in two steps that any reader can take.
 
-    Two kinds. A *fixed* base (evaluation, and the crops ``"pad"`` and ``"none"``) depends on the image alone, so it can be
-    cached; shifts and flips then act on the whole batch. A *random* crop (``"rrc"``) goes through timm's transform, image
-    by image.
+    :meth:`crop` says where a view is cut from its image; :meth:`render` does so with Pillow (the DALI reader does it in
+    its own way). :meth:`finish` then shifts, flips and colours the whole batch. Every draw is a function of (seed, view
+    index, sample id): any process can make any view again.
 
     Args:
         augment: settings.
@@ -93,120 +103,140 @@ class Views:
         self.seed = seed
         self.fixed_base = not train or augment.train_crop != "rrc"
         self._made: dict[str, Callable[[Image.Image], Any]] = {}
-        _ = (
-            self._base if self.fixed_base else self._random,
-            self._colours,
-        )  # a bad setting is reported here, not in a worker
+        _ = self._policy  # a bad setting is reported here, not in a worker
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_made": {}}  # rebuilt in the process that uses it
 
+    def facts(self) -> dict[str, Any]:
+        """Everything a view depends on besides (view index, sample id, image), as plain values."""
+        facts = {f.name: getattr(self.augment, f.name) for f in dataclasses.fields(self.augment)}
+        return {
+            "version": VERSION,
+            "image_size": self.image_size,
+            "train": self.train,
+            "seed": self.seed,
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()},
+        }
+
     @property
     def batched(self) -> bool:
         """True if nothing is left to do image by image once the bases are there."""
-        return self.fixed_base and self._colours is None
+        return self.fixed_base and not self.coloured
 
-    def reseed(self, epoch: int, slot: int) -> None:
+    @property
+    def coloured(self) -> bool:
+        """True if colours are changed, image by image."""
+        return self.train and bool(self.augment.auto_augment or self.augment.color_jitter)
+
+    def reseed(self, view: int, slot: int) -> None:
         """Seeds the global generators for one sample; inside ``preserved_rng``."""
-        reseed(hash_int(self.seed, _VIEW, epoch, slot))
+        reseed(hash_int(self.seed, _VIEW, view, slot))
 
-    def base(self, image: Image.Image) -> Tensor:
-        """uint8 ``[3, S, S]``; a function of the image alone where ``fixed_base``, else randomly cropped."""
+    def crop(self, view: int, slot: int, width: int, height: int) -> Crop:
+        """Where view number ``view`` of sample ``slot`` is cut from its image of ``width`` × ``height`` pixels."""
         if self.fixed_base:
-            image = _trim(image)
-        view = (self._base if self.fixed_base else self._random)(image)
-        return view if isinstance(view, Tensor) else _to_tensor(view)
+            return centre_crop(width, height, self.image_size, 1.0 if self.train else self.augment.crop_pct)
+        keys = (self.seed, _VIEW, view, slot)
+        return random_resized_crop(keys, width, height, self.image_size, self.augment.scale, self.augment.ratio)
 
-    def finish(self, bases: Tensor, epoch: int, slots: np.ndarray) -> Tensor:
-        """Shifts, flips and colours a batch of fixed bases.
+    def render(self, image: Image.Image, crop: Crop) -> np.ndarray:
+        """uint8 ``[S, S, 3]``: crop, antialiased resize, window, by Pillow."""
+        left, top, width, height = crop.box
+        if (width, height) != image.size:
+            image = image.crop((left, top, left + width, top + height))
+        if image.size != crop.size:
+            image = image.resize(crop.size, Image.Resampling[self.augment.interpolation.upper()])
+        if crop.size != (self.image_size, self.image_size):
+            x, y = crop.window
+            image = image.crop((x, y, x + self.image_size, y + self.image_size))
+        return np.asarray(image)
+
+    def base(self, image: Image.Image, view: int, slot: int) -> np.ndarray:
+        """uint8 ``[S, S, 3]``: the crop before shift, flip and colours; where ``fixed_base``, a function of the image alone."""
+        return self.render(image, self.crop(view, slot, *image.size))
+
+    def jitter(self, view: int, slot: int) -> list[tuple[str, float]]:
+        """Colour changes of one view in their order: (``"brightness"``, ``"contrast"`` or ``"saturation"``, factor)."""
+        strength = self.augment.color_jitter if self.train and not self.augment.auto_augment else 0.0
+        if strength == 0:
+            return []
+        draws = [hash_int(self.seed, _VIEW, view, slot, 8 + k) for k in range(2 * len(_JITTER))]
+        low, high = max(0.0, 1 - strength), 1 + strength
+        factors = [low + (high - low) * draw * 2.0**-64 for draw in draws[: len(_JITTER)]]
+        order = sorted(range(len(_JITTER)), key=lambda k: draws[len(_JITTER) + k])
+        return [(_JITTER[k], factors[k]) for k in order]
+
+    def finish(self, bases: Tensor, views: np.ndarray, slots: np.ndarray, *, coloured: bool = False) -> Tensor:
+        """Shifts, flips and colours a batch.
 
         Args:
             bases: uint8 ``[B, 3, S, S]``; not modified.
-            epoch: which epoch.
+            views: int64 ``[B]`` view index of each row: the epoch, or one of K.
             slots: int64 ``[B]`` the samples' ids.
+            coloured: the colours are changed already.
 
         Returns:
-            uint8 ``[B, 3, S, S]``. For evaluation and random crops ``bases`` itself.
+            uint8 ``[B, 3, S, S]``. For evaluation ``bases`` itself.
         """
-        if not self.train or not self.fixed_base:
+        if not self.train:
             return bases
-        draws = [uniform(hash64(self.seed, _VIEW, epoch, slots, salt)) for salt in (1, 2, 3)]  # each [B] in [0, 1)
+        draws = [uniform(hash64(self.seed, _VIEW, views, slots, salt)) for salt in (1, 2, 3)]  # each [B] in [0, 1)
         if self.augment.train_crop == "pad":
             bases = _shift(bases, draws[0], draws[1])
         if self.augment.hflip > 0:
             flip = torch.from_numpy(draws[2] < self.augment.hflip)
-            bases = torch.where(flip[:, None, None, None], bases.flip(3), bases)
-        if self._colours is not None:
-            colours = self._colours
-            views = torch.empty_like(bases)
-            for row, slot in enumerate(slots):
-                self.reseed(epoch, int(slot))
-                views[row] = _to_tensor(colours(Image.fromarray(bases[row].permute(1, 2, 0).contiguous().numpy())))
-            bases = views
-        return bases
+            bases = torch.where(flip[:, None, None, None].to(bases.device), bases.flip(3), bases)
+        if self.coloured and not coloured:
+            bases = self._colour(bases, views, slots)
+        return bases.contiguous(memory_format=torch.channels_last)
+
+    def _colour(self, bases: Tensor, views: np.ndarray, slots: np.ndarray) -> Tensor:
+        made = torch.empty(bases.shape, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+        policy = self._policy
+        for row, (view, slot) in enumerate(zip(views.tolist(), slots.tolist(), strict=True)):
+            image = Image.fromarray(np.ascontiguousarray(bases[row].permute(1, 2, 0).cpu().numpy()))
+            if policy is not None:
+                self.reseed(view, slot)
+                image = policy(image)
+            for name, factor in self.jitter(view, slot):
+                image = _ENHANCERS[name](image).enhance(factor)
+            made[row] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return made.to(bases.device)
 
     @property
-    def _base(self) -> Callable[[Image.Image], Any]:
-        """Resize of the short side and centre crop: timm's evaluation transform."""
-        if "base" not in self._made:
-            from timm.data import create_transform
-
-            self._made["base"] = create_transform(
-                self.image_size,
-                is_training=False,
-                interpolation=self.augment.interpolation,
-                crop_pct=1.0 if self.train else self.augment.crop_pct,
-                normalize=False,
-            )
-        return self._made["base"]
-
-    @property
-    def _random(self) -> Callable[[Image.Image], Any]:
-        """timm's training transform, up to uint8."""
-        if "random" not in self._made:
-            self._made["random"] = self._timm_train(
-                scale=self.augment.scale, ratio=self.augment.ratio, hflip=self.augment.hflip
-            )
-        return self._made["random"]
-
-    @property
-    def _colours(self) -> Callable[[Image.Image], Any] | None:
-        """The part of timm's training transform after crop and flip, for fixed bases; None if there is nothing in it."""
-        if not self.train or not self.fixed_base or not (self.augment.auto_augment or self.augment.color_jitter):
+    def _policy(self) -> Callable[[Image.Image], Any] | None:
+        """timm's AutoAugment, RandAugment or AugMix; None without one."""
+        if not self.train or not self.augment.auto_augment:
             return None
-        if "colours" not in self._made:
-            self._made["colours"] = self._timm_train(separate=True)[1]
-        return self._made["colours"]
+        if "policy" not in self._made:
+            self._made["policy"] = self._timm_policy(self.augment.auto_augment)
+        return self._made["policy"]
 
-    def _timm_train(self, **options: Any) -> Any:
+    def _timm_policy(self, policy: str) -> Any:
         from timm.data import create_transform
 
-        policy = self.augment.auto_augment
-        jitter: Any = self.augment.color_jitter or None  # with 0 timm would add a step that draws numbers for nothing
-        wrong = _wrong_sections(policy) if policy else ""
+        wrong = _wrong_sections(policy)
         if wrong:
             raise ValueError(f"auto_augment {policy!r}: {wrong} means nothing to timm; {_POLICY_EXAMPLES}")
         try:
-            transform = create_transform(
+            transform: Any = create_transform(
                 self.image_size,
                 is_training=True,
-                color_jitter=jitter,
-                auto_augment=policy or None,
+                color_jitter=None,
+                auto_augment=policy,
                 interpolation=self.augment.interpolation,
                 normalize=False,
-                **options,
+                separate=True,
             )
         except (AssertionError, KeyError, ValueError, IndexError) as error:
-            if not policy:
-                raise
             raise ValueError(
                 f"auto_augment {policy!r} is not a policy timm knows ({type(error).__name__} {error}); "
                 f"{_POLICY_EXAMPLES}"
             ) from error
-        for part in transform if isinstance(transform, tuple) else (transform,):
-            for step in part.transforms:
-                _allow_zero_bits(step)
-        return transform
+        for step in transform[1].transforms:
+            _allow_zero_bits(step)
+        return transform[1]
 
 
 def _wrong_sections(policy: str) -> str:
@@ -218,16 +248,6 @@ def _wrong_sections(policy: str) -> str:
     if name == "rand":  # timm takes its default set for a name it does not know, as for none
         wrong += [s for s in sections if s[:1] == "t" and rand_augment_choices(s[1:]) is rand_augment_choices("")]
     return ", ".join(map(repr, wrong))
-
-
-def _trim(image: Image.Image) -> Image.Image:
-    """The middle of a very long strip: resized whole, 2 × 20000 pixels would take gigabytes, of which a square is kept."""
-    width, height = image.size
-    longest = _LONGEST * min(width, height)
-    if max(width, height) <= longest:
-        return image
-    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
-    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
 
 
 def _allow_zero_bits(policy: Any) -> None:
@@ -260,7 +280,3 @@ def _shift(images: Tensor, u: np.ndarray, v: np.ndarray) -> Tensor:
     padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
     windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # [B, 3, 2p+1, 2p+1, S, S], a view
     return windows[torch.arange(len(images)), :, top, left]
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
