@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -586,6 +589,22 @@ def test_no_room_for_the_index(folder, monkeypatch):
         assert store.count == 0
 
 
+def test_no_room_for_the_folder_itself(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", disk_full)
+        with pytest.raises(StoreFull, match="bytes free"):
+            make(folder)
+
+
+def test_a_file_system_without_locks(folder, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.raises(OSError, match="no file locks .* local disk"):
+        make(folder)
+
+
 def test_a_flush_the_disk_refuses(folder, monkeypatch):
     with make(folder) as store:
         fill(store)
@@ -645,6 +664,33 @@ def test_processes(folder, mode, says):
     command = [sys.executable, str(PROCESSES), mode, str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0 and says in result.stdout, result.stdout + result.stderr
+
+
+def test_threads_read_while_one_writes(folder):
+    ids, views = everything()
+    given = outputs(len(ids))
+    done = threading.Event()
+
+    def reads(store: TeacherStore) -> int:
+        turns = 0
+        while not done.is_set() or turns == 0:
+            store.prefetch(ids, views)
+            found, status = store.read(ids, views, ids)
+            hit = torch.from_numpy(status == HIT)
+            assert torch.equal(found["features"][hit], given["features"][hit])
+            turns += 1
+        return turns
+
+    with make(folder) as store, ThreadPoolExecutor(2) as pool:
+        readers = [pool.submit(reads, store) for _ in range(2)]
+        try:
+            for i in range(0, len(ids), 3):
+                here = slice(i, i + 3)
+                store.write(ids[here], views[here], ids[here], {k: v[here] for k, v in given.items()})
+        finally:
+            done.set()
+        assert all(reader.result() > 0 for reader in readers)
+        assert store.complete and store.damaged == 0
 
 
 # Summary

@@ -33,7 +33,8 @@ def is_full(error: OSError) -> bool:
 
 
 def full(error: OSError, folder: Path, need: int, kept: str) -> StoreFull:
-    free = shutil.disk_usage(folder).free
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
     return StoreFull(
         error.errno,
         f"{folder}: no room for the teacher's outputs ({error.strerror}): {need:,} bytes needed, {free:,} bytes free. "
@@ -43,9 +44,22 @@ def full(error: OSError, folder: Path, need: int, kept: str) -> StoreFull:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time makes files in ``folder``; a crash lets go of the lock."""
+    """One process at a time makes files in ``folder``; a crash lets go of the lock.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
     with open(folder / "lock", "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            raise OSError(
+                error.errno,
+                f"{folder}: this file system has no file locks ({error.strerror}), which processes need to make the store "
+                "together; put it on a local disk, or mount with locks (Lustre: -o flock)",
+            ) from error
         yield
 
 

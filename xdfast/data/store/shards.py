@@ -38,7 +38,9 @@ class Shards:
                 "fill a new one"
             )
         self.index = mapped[1].view("<u8")
-        self._index_fd = -1 if read_only else os.open(folder / INDEX, os.O_RDWR)
+        # A file object: it closes itself with the store, also where nobody calls close().
+        self._file = None if read_only else open(folder / INDEX, "r+b", buffering=0)  # noqa: SIM115
+        self._index_fd = self._file.fileno() if self._file else -1
         self._mapped: dict[int, tuple[mmap.mmap, np.ndarray]] = {}
         self._made: set[int] = set()  # seen whole by this process
         self._dirty: set[int] = set()
@@ -46,9 +48,8 @@ class Shards:
     def close(self) -> None:
         self._mapped.clear()  # the mapping goes with its last array
         self.index = np.zeros(0, dtype="<u8")
-        if self._index_fd >= 0:
-            os.close(self._index_fd)
-            self._index_fd = -1
+        if self._file is not None:
+            self._file.close()
 
     def path(self, shard: int) -> Path:
         return self.folder / f"rows-{shard:05d}.bin"
@@ -140,7 +141,7 @@ class Shards:
         if self._dirty:
             sync(self.folder)  # the names of new shards
         self._dirty.clear()
-        if self._index_fd >= 0:
+        if self._file is not None:
             os.fsync(self._index_fd)
 
     def prefetch(self, rows: np.ndarray) -> None:

@@ -29,7 +29,7 @@ class TeacherStore:
 
     A folder with ``manifest.json``, ``index.bin`` (8 bytes a row) and ``rows-NNNNN.bin`` (blocks of rows). Any number of
     processes may have it open. Two that write the same row at the same time leave one of the rows or a damaged one, which
-    reads as :data:`MISS`. One object is for one thread at a time; it may be used after a fork.
+    reads as :data:`MISS`. Several threads may read and prefetch while one writes; an object may be used after a fork.
 
     Attributes:
         folder: where it is.
