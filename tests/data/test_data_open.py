@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -143,6 +144,9 @@ def test_a_missing_path_offers_what_lies_near(make_folder, tmp_path, monkeypatch
         ("torchvison:CIFAR10", "neither a path nor a known source. Did you mean 'torchvision'?"),
         ("Torchvision:CIFAR10", "Did you mean 'torchvision'?"),
         ("sklern:digits", "Did you mean 'sklearn'?"),
+        ("torchvison:CIFAR10?download", "neither a path nor a known source. Did you mean 'torchvision'?"),
+        ("unlabeled:/data", "neither a path nor a known source. Did you mean 'unlabelled'?"),
+        ("unlabelled:", "needs the folder of the images after the colon"),
         ("https://example.org/x.zip", "neither a path nor a known source. Expected a folder"),
         ("sklearn:digit", "no images called 'digit'. Did you mean 'digits'?"),
     ],
@@ -153,9 +157,9 @@ def test_misspelt_sources(text, message):
 
 
 def test_files_that_are_no_archives(tmp_path, make_zip, picture, encoded):
-    (tmp_path / "data.tar").write_bytes(b"x" * 100)
-    with pytest.raises(ValueError, match="is a file but not a zip archive"):
-        open_source(tmp_path / "data.tar")
+    (tmp_path / "data.bin").write_bytes(b"x" * 100)
+    with pytest.raises(ValueError, match="is a file but not a zip archive, tar or TFRecord file"):
+        open_source(tmp_path / "data.bin")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="neither a folder nor a file"):
         open_source(tmp_path / "pipe")
@@ -163,7 +167,59 @@ def test_files_that_are_no_archives(tmp_path, make_zip, picture, encoded):
     assert len(open_source(path, val_fraction=None)) == 2
 
 
-@pytest.mark.parametrize("data", [None, 3, b"path", ["a", "b"], {"a": 1}, 2.5])
+def test_what_is_a_folder_of_shards_is_told_by_names(tmp_path, make_folder):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name in ("0.tar", "README.md", ".hidden"):
+        (shards / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="0.tar is an empty file"):  # so it was taken for a tar
+        open_source(shards)
+    (shards / "train-00000-of-00001").write_bytes(b"")
+    with pytest.raises(ValueError, match="has tars \\('0.tar'\\) and TFRecords \\('train-00000-of-00001'\\)"):
+        open_source(shards)
+    with pytest.raises(ValueError, match="matches 'README.md': a pattern may name tars or TFRecord files"):
+        open_source(f"{shards}/{{0.tar,README.md}}")
+    folder = make_folder({"cat": 2, "dog": 2})
+    (folder / "beside.tar").write_bytes(b"")  # class folders stay class folders
+    assert open_source(folder, val_fraction=None).classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("name", ["a.tfrecord", "a.TFRecords", "a.tfrec", "train-00000-of-01024", "x.tfrecord-0-of-2"])
+def test_tfrecords_are_told_by_names(tmp_path, name):
+    (tmp_path / name).write_bytes(b"not one")
+    for data in (tmp_path, tmp_path / name, f"{tmp_path}/*"):
+        with pytest.raises(ValueError, match="is not a TFRecord file"):
+            open_source(data)
+
+
+def test_unlabelled_takes_every_image_below_a_folder(make_folder, tmp_path):
+    root = make_folder({".": 3, "train/x": 4, "val/deep/er": 3, ".hidden": 2})
+    (root / "notes.txt").write_text("x")
+    source = open_source(f"unlabelled:{root}", val_fraction=None)
+    assert source.classes == ["unlabelled"] and source.labels.tolist() == [0] * 10 and source.part is None
+    assert keys(source) == sorted(keys(source)) and keys(source)[3] == "train/x/0.png" and keys(source)[0] == "0.png"
+    assert source.load(9).size == source.size(0) == (12, 10) and source.path(3) == f"{root}/train/x/0.png"
+    assert source.read(0) == (root / "0.png").read_bytes()
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.fingerprint() == source.fingerprint() and copy.load(5).size == (12, 10)
+    train, val = (open_source(f"unlabelled:{root}", split=split) for split in ("train", "val"))
+    assert (len(train), len(val)) == (8, 2) and sorted(keys(train) + keys(val)) == keys(source)
+    root.rename(tmp_path / "moved")
+    assert open_source(f"unlabelled:{tmp_path}/moved", val_fraction=None).fingerprint() == source.fingerprint()
+
+
+def test_unlabelled_errors(tmp_path, make_zip):
+    with pytest.raises(FileNotFoundError, match="there is no 'none' in"):
+        open_source(f"unlabelled:{tmp_path}/none")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"no images in the folder or below it \(1 other files\)"):
+        open_source(f"unlabelled:{tmp_path}/empty")
+    with pytest.raises(ValueError, match="data.zip is not a folder; 'unlabelled:' takes a folder of images"):
+        open_source(f"unlabelled:{make_zip({'a.png': b'x'})}")
+
+
+@pytest.mark.parametrize("data", [None, 3, b"path", ["a", "b"], [], ["a.tar", "b.tfrecord"], {"a": 1}, 2.5])
 def test_data_of_another_type(data):
     with pytest.raises(TypeError, match="data must be a folder of class folders, a zip archive"):
         open_source(data)

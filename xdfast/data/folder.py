@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from xdfast.data.decode import BadImage, decode, image_size
-from xdfast.data.layout import Tree, find_class_folders, is_ignored
+from xdfast.data.layout import Tree, find_class_folders, is_ignored, is_image
 from xdfast.data.sources import ImageSource, PackedStrings
 
-__all__ = ["FolderSource", "missing_path"]
+__all__ = ["FolderSource", "UnlabelledSource", "missing_path"]
 
 
 class FolderSource(ImageSource):
@@ -53,6 +53,36 @@ class FolderSource(ImageSource):
 
     def key(self, i: int) -> str:
         return self._names[i].removeprefix(self._base)
+
+
+class UnlabelledSource(FolderSource):
+    """Every image below a folder, sorted by name, all of the one class "unlabelled"; for distillation without labels.
+
+    Folders mean nothing here, ``train/`` and ``val/`` neither. Hidden files and folders are left out.
+
+    Args:
+        root: the folder.
+
+    Raises:
+        FileNotFoundError, PermissionError: the folder cannot be listed.
+        ValueError: not a folder, or no images below it.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.name = str(Path(root).expanduser())
+        if os.path.exists(self.name) and not os.path.isdir(self.name):
+            raise ValueError(
+                f"{self.name} is not a folder; 'unlabelled:' takes a folder of images, so unpack an archive"
+            )
+        tree = _DiskTree(self.name)
+        names = [*tree.files(""), *(name for folder in tree.folders("") for name in tree.walk(folder))]
+        images = sorted(filter(is_image, names))
+        if not images:
+            raise ValueError(f"{self.name}: no images in the folder or below it ({len(names)} other files)")
+        self.classes = ["unlabelled"]
+        self.labels = np.zeros(len(images), dtype=np.int64)
+        self._base = ""
+        self._names = PackedStrings(images)
 
 
 class _DiskTree(Tree):

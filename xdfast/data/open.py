@@ -14,15 +14,22 @@ import numpy as np
 from xdfast.data._rng import hash_name
 from xdfast.data.archive import ZipSource
 from xdfast.data.datasets import DatasetSource, DigitsSource, open_torchvision
-from xdfast.data.folder import FolderSource, missing_path
+from xdfast.data.folder import FolderSource, UnlabelledSource, missing_path
+from xdfast.data.layout import is_image
+from xdfast.data.shards import find_shards, is_pattern, some
 from xdfast.data.sources import ImageSource, SubsetSource
+from xdfast.data.tar import TarSource, is_tar_name
+from xdfast.data.tfrecord import TFRecordSource, is_tfrecord_name
 from xdfast.errors import nearest
 
 __all__ = ["keep_per_class", "open_source", "split_indices"]
 
 log = logging.getLogger("xdfast")
 
-_FORMS = "a folder of class folders, a zip archive of one, 'torchvision:NAME[:ROOT][?download]' or 'sklearn:digits'"
+_FORMS = (
+    "a folder of class folders, a zip archive or tar of one, WebDataset tars or TFRecords (a file, a folder of them or a "
+    "pattern such as 'train-{0000..0012}.tar'), 'unlabelled:FOLDER', 'torchvision:NAME[:ROOT][?download]' or 'sklearn:digits'"
+)
 
 
 def open_source(
@@ -36,9 +43,11 @@ def open_source(
     """Images to train on or to validate with.
 
     Args:
-        data: a folder of class folders; a zip archive of one; ``"torchvision:CIFAR10"``, ``"torchvision:CIFAR10:/root"``
-            (``?download`` at the end fetches it); ``"sklearn:digits"``; an :class:`ImageSource`; or a torch dataset of
-            (image, label), see :class:`DatasetSource`.
+        data: a folder of class folders; a zip archive or a tar of one; WebDataset tars (:class:`TarSource`) or TFRecords
+            (:class:`TFRecordSource`) as a file, a folder of them, a pattern such as ``"train-{0000..0012}.tar"`` or
+            ``"train-*.tfrecord"``, or a list of those; ``"unlabelled:/folder"``, all images below it, without labels;
+            ``"torchvision:CIFAR10"``, ``"torchvision:CIFAR10:/root"`` (``?download`` at the end fetches it);
+            ``"sklearn:digits"``; an :class:`ImageSource`; or a torch dataset of (image, label), see :class:`DatasetSource`.
         split: ``"train"`` or ``"val"``. ``train/`` and ``val/`` (or ``valid/``, ``validation/``, ``test/``) are used where
             the data has them. Otherwise ``val_fraction`` of each class is split off, a function of (seed, file names) only:
             where it lies and in which order it is read do not matter, and a new image moves at most one other across.
@@ -129,6 +138,10 @@ def _open(data: Any, split: str) -> ImageSource:
         return data
     if isinstance(data, (str, os.PathLike)):
         return _open_text(os.fspath(data), split)
+    if isinstance(data, (list, tuple)) and data and all(isinstance(item, (str, os.PathLike)) for item in data):
+        kinds = {_shard_kind(str(Path(item).expanduser())) for item in data}
+        if len(kinds) == 1 and (kind := kinds.pop()) is not None:
+            return kind(data, split)
     if data is None or isinstance(data, (bytes, int, float, list, tuple, dict, set)):
         raise TypeError(f"data must be {_FORMS}, an ImageSource or a torch dataset, got {data!r:.80}")
     return DatasetSource(data)
@@ -146,16 +159,64 @@ def _open_text(data: str, split: str) -> ImageSource:
                 f"scikit-learn ships no images called {rest!r}.{nearest(rest, ['digits'])} Use 'sklearn:digits'"
             )
         return DigitsSource()
+    if scheme == "unlabelled":
+        if not rest:
+            raise ValueError(
+                "'unlabelled:' needs the folder of the images after the colon: 'unlabelled:/path/to/images'"
+            )
+        return UnlabelledSource(rest)
     path = Path(data).expanduser()
-    if path.is_dir():
-        return FolderSource(path, split)
     if not path.exists():
-        hint = nearest(scheme.lower(), ["torchvision", "sklearn"])
+        hint = nearest(scheme.lower(), ["torchvision", "sklearn", "unlabelled"])
         if rest and (hint or not path.parent.is_dir()):
             raise ValueError(f"data {data!r} is neither a path nor a known source.{hint} Expected {_FORMS}")
-        raise missing_path(str(path))
+        if not is_pattern(str(path)):
+            raise missing_path(str(path))
+    kind = _shard_kind(str(path))
+    if kind is not None:
+        return kind(path, split)
+    if path.is_dir():
+        return FolderSource(path, split)
     if not path.is_file():  # opening a named pipe would wait for ever
         raise ValueError(f"{path} is neither a folder nor a file; expected {_FORMS}")
     if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
         return ZipSource(path, split)
-    raise ValueError(f"{path} is a file but not a zip archive; expected {_FORMS}")
+    raise ValueError(
+        f"{path} is a file but not a zip archive, tar or TFRecord file (told by its name); expected {_FORMS}"
+    )
+
+
+def _shard_kind(path: str) -> type[TarSource] | type[TFRecordSource] | None:
+    """What reads a file, folder or pattern of shards, by names alone; None if it is something else.
+
+    A folder is one of shards if it holds some, and neither sub-folders nor images; a README or a JSON file may lie beside.
+
+    Raises:
+        FileNotFoundError: a pattern names a file that is not there, or matches none.
+        ValueError: tars and TFRecords together, or a pattern that matches neither.
+    """
+    pattern = is_pattern(path)
+    if os.path.isdir(path):
+        try:
+            with os.scandir(path) as entries:
+                shown = [entry for entry in entries if not entry.name.startswith(".")]
+        except OSError:  # FolderSource says why
+            return None
+        if any(entry.is_dir() or is_image(entry.name) for entry in shown):
+            return None
+        names = [entry.name for entry in shown]
+    elif pattern:
+        names = [os.path.basename(file) for file in find_shards(path, lambda name: True)]
+    elif os.path.exists(path) and not os.path.isfile(path):  # a named pipe
+        return None
+    else:
+        names = [os.path.basename(path)]
+    tars, records = (list(filter(is_kind, names)) for is_kind in (is_tar_name, is_tfrecord_name))
+    if tars and records:
+        raise ValueError(f"{path} has tars ({some(tars, 2)}) and TFRecords ({some(records, 2)}); keep the two apart")
+    if pattern and len(tars) + len(records) < len(names):
+        other = [name for name in names if name not in tars and name not in records]
+        raise ValueError(
+            f"{path!r} matches {some(other)}: a pattern may name tars or TFRecord files, told by their names"
+        )
+    return TarSource if tars else TFRecordSource if records else None
