@@ -145,7 +145,7 @@ def _index(files: tuple[tuple[str, int, int], ...], keys: tuple[str, str, str, s
                     bad.append(f"{path}:{number} ({error})")
                     continue
                 if image is None or label is None:
-                    seen.update(example)
+                    seen.update(list(example))  # not the mapping: its values would count
                     bad.append(f"{path}:{number} (no {keys[0] if image is None else keys[1]!r})")
                     continue
                 code = -1 if text is None else texts.setdefault(_text(buffer[slice(*text)]), len(texts))
