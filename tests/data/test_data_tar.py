@@ -11,6 +11,7 @@ import pickle
 import shutil
 import tarfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +257,14 @@ def test_the_names_of_shards_say_train_and_val(shards, caplog):
         open_source(folder)
 
 
+def test_one_pattern_for_both_parts(shards):
+    folder = shards([*(f"train-{k:02d}.tar" for k in range(3)), "val-0.tar", "val-1.tar"])
+    sizes = [
+        len(open_source(f"{folder}/{{train-{{00..02}},val-{{0,1}}}}.tar", split=split)) for split in ("train", "val")
+    ]
+    assert sizes == [6, 4]
+
+
 def test_classes_are_those_of_training(make_tar, samples):
     make_tar(samples([0, 5, 7]), "s/train.tar")
     val = make_tar(samples([7]), "s/val.tar")
@@ -264,6 +273,16 @@ def test_classes_are_those_of_training(make_tar, samples):
     make_tar(samples([6, 7]), "s/val.tar")
     with pytest.raises(ValueError, match="the validation shards have labels that the training shards lack: '6'"):
         open_source(val.parent, split="val")
+
+
+def test_validation_shards_without_labels(make_tar, samples):
+    make_tar(samples([0, 5]), "s/train.tar")
+    folder = make_tar(samples([None, None]), "s/test.tar").parent
+    assert len(open_source(folder, split="train")) == 2
+    with pytest.raises(
+        ValueError, match="the validation shards hold no labelled image; .* move those shards elsewhere"
+    ):
+        open_source(folder, split="val")
 
 
 def test_moved_shards_have_the_same_split_and_fingerprint(shards, tmp_path):
@@ -293,6 +312,14 @@ def test_class_folders_split_like_the_unpacked_folder(make_tar, members, tmp_pat
         assert isinstance(packed.source, TarSource) and keys(packed) == keys(unpacked)
         assert packed.labels.tolist() == unpacked.labels.tolist() and packed.classes == ["cat", "dog"]
         np.testing.assert_array_equal(packed.load(0), unpacked.load(0))
+
+
+def test_folders_beside_captions_are_taken_for_classes_with_a_warning(make_tar, members, caplog):
+    captions = {name.replace(".v1.png", ".txt"): f"photo of {name}".encode() for name in members}
+    assert TarSource(make_tar({**members, **captions})).classes == ["cat", "dog"]
+    assert (
+        "the .txt members are captions" in caplog.text and "the folders inside are taken for the classes" in caplog.text
+    )
 
 
 def test_train_and_val_inside_a_tar(make_tar, members):
@@ -437,6 +464,15 @@ def test_few_descriptors_are_kept_of_many_shards(shards, picture):
     assert len(source._files._open) == _MAX_OPEN and len(os.listdir("/dev/fd")) - opened_before == _MAX_OPEN
     del source
     assert len(os.listdir("/dev/fd")) == opened_before
+
+
+def test_threads_share_few_descriptors(shards, monkeypatch):
+    monkeypatch.setattr("xdfast.data.shard_files._MAX_OPEN", 2)
+    source = TarSource(shards([f"{k}.tar" for k in range(6)]))
+    expected = [source.read(i) for i in range(len(source))]
+    with ThreadPoolExecutor(8) as pool:
+        order = [i % len(source) for i in range(3000)]
+        assert list(pool.map(source.read, order)) == [expected[i] for i in order]
 
 
 def test_shards_written_by_webdataset(tmp_path, picture):

@@ -47,7 +47,8 @@ class ShardFiles:
         if size > _MAX_BYTES:
             raise BadImage(path, f"the image is larger than {_MAX_BYTES >> 20} MiB")
         try:
-            data = os.pread(self._descriptor(shard, path).fd, size, offset)
+            opened = self._descriptor(shard, path)  # held while it is read: another thread may drop it from the dict
+            data = os.pread(opened.fd, size, offset)
         except OSError as error:
             raise BadImage(path, f"the shard cannot be read ({error.strerror or error})") from error
         if len(data) != size:

@@ -155,8 +155,13 @@ def label_images(
     Raises:
         ValueError: a chosen image is of a class that no training image has, or none is chosen.
     """
-    if not chosen.any() or not train.any():
-        raise ValueError(f"{name}: the {'chosen' if train.any() else 'training'} shards hold no labelled image")
+    if not train.any():
+        raise ValueError(f"{name}: the training shards hold no labelled image")
+    if not chosen.any():
+        raise ValueError(
+            f"{name}: the validation shards hold no labelled image; add labels, or move those shards elsewhere to have a part "
+            "of the training images split off"
+        )
     used = {texts[code]: int(code) for code in np.unique(codes[train])}
     numeric = all(re.fullmatch(r"-?\d+", text) for text in used)
     classes = sorted(used, key=lambda text: (int(text), text)) if numeric else sorted(used)

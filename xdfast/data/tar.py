@@ -101,7 +101,13 @@ class TarSource(ShardSource):
         """The class folders of the chosen images, labelled by the classes of the training images; and the index's rows."""
         names = [index.names[i] for i in range(len(index.names))]
         if not all("/" in name for name in names):
-            raise ValueError(_no_labels(self.name, index, names))
+            raise ValueError(
+                f"{self.name}: no labels for its {len(names)} images: "
+                f"{_why_no_labels(index) or 'no image has a .cls, .json or .txt member beside it'}; add them, or put the images "
+                "in class folders. To use images without labels, unpack them and pass 'unlabelled:FOLDER'"
+            )
+        if why := _why_no_labels(index):
+            log.warning("%s: %s; the folders inside are taken for the classes", self.name, why)
         row = {names[i]: int(i) for i in np.flatnonzero(chosen)}
         found = find_class_folders(NameTree(self.name, list(row)), split)
         if part is not None:
@@ -161,15 +167,11 @@ def _usable(index: TarIndex, kind: str, chosen: np.ndarray, name: str) -> np.nda
     return good & first
 
 
-def _no_labels(name: str, index: TarIndex, names: list[str]) -> str:
-    seen = [kind for kind in LABEL_KINDS if (index.labels[kind] != NO_LABEL).any()]
+def _why_no_labels(index: TarIndex) -> str:
+    """What is wrong with the label members, or "" if there are none."""
     said = {
         "cls": "the .cls members are not integers",
         "json": "the .json members have no integer or text under 'label', 'cls' or 'class'",
         "txt": "the .txt members are captions (longer than 64 characters, several lines, or mostly different), not class names",
     }
-    why = "; ".join(said[kind] for kind in seen) or "no image has a .cls, .json or .txt member beside it"
-    return (
-        f"{name}: no labels for its {len(names)} images: {why}; add them, or put the images in class folders. "
-        "To use images without labels, unpack them and pass 'unlabelled:FOLDER'"
-    )
+    return "; ".join(said[kind] for kind in LABEL_KINDS if (index.labels[kind] != NO_LABEL).any())
