@@ -132,6 +132,7 @@ def test_texts_are_class_names_or_captions(make_tar, samples, texts, classes):
         ("json", '{"label": true}', "no integer or text"),
         ("json", '{"label": 1.5, "cls": [1]}', "no integer or text"),
         ("json", "[1", "no integer or text"),
+        ("json", '{"label": "\\ud800"}', "no integer or text"),
         ("json", "[" * 100_000, "no integer or text"),
     ],
 )

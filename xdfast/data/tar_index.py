@@ -217,6 +217,7 @@ def _json_label(content: object) -> str | None:
         for key in _JSON_KEYS:
             value = content.get(key)
             if isinstance(value, str) and value:
+                value.encode()  # JSON can spell half a surrogate pair, which no file or digest can hold: a ValueError
                 return value
             if isinstance(value, int) and not isinstance(value, bool):
                 return str(value)
