@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,11 @@ class TeacherStore:
 
         Args:
             folder: made if it is not there; several processes may do so at once.
-            facts: everything the rows depend on, as plain JSON values: the teacher's weights, its input and precision, the
-                views, the data…
+            facts: everything the rows depend on, as plain JSON values: teacher weights, input, precision, views, data…
             samples: sample ids are ``0 … samples - 1``.
             views: view ids are ``0 … views - 1``.
             outputs: name → width, such as ``{"features": 1024, "logits": 1000}``.
-            dtype: ``"float16"`` (relative rounding error ≤ 4.9e-4, magnitudes to 65504) or ``"float32"`` (exact).
+            dtype: ``"float16"`` (magnitudes to 65504, above 6.1e-5 within 4.9e-4 of the value) or ``"float32"`` (exact).
             read_only: never writes, never makes anything.
 
         Raises:
@@ -80,6 +80,7 @@ class TeacherStore:
             TypeError: a fact that JSON cannot hold.
             FileNotFoundError: ``read_only`` and no store there.
             StoreFull: no room for the index.
+            OSError: the file system has no file locks.
         """
         folder = Path(folder).expanduser()
         layout = Layout(samples, views, dict(outputs), dtype)
@@ -134,11 +135,9 @@ class TeacherStore:
         digest = layout.digests(digests, len(rows))
         packed = layout.pack(outputs, rows)
         order = layout.order(rows)
-        try:
+        with self._telling_of_full_disks():
             shards.make(rows)
             shards.put(rows[order], packed[order], digest[order])
-        except OSError as error:
-            raise self._explained(error) from error
 
     def read(self, ids: Any, views: Any, digests: Any) -> tuple[dict[str, Tensor], np.ndarray]:
         """Rows and what they are worth.
@@ -183,7 +182,7 @@ class TeacherStore:
 
     @property
     def complete(self) -> bool:
-        """Every row is present. A damaged row counts until :meth:`verify` or a :meth:`read` finds it."""
+        """Every row is present. Damaged rows count, until they are written again or ``verify(forget=True)`` drops them."""
         return self.count == self.total
 
     @property
@@ -201,32 +200,28 @@ class TeacherStore:
         Raises:
             RuntimeError: closed, or ``forget`` on a store opened read-only.
         """
-        shards = self._files
         if forget and self.read_only:
             raise RuntimeError(f"{self.folder} is open for reading only; open it with read_only=False to forget rows")
-        return check_rows(shards, self.layout, progress, forget)
+        return check_rows(self._files, self.layout, progress, forget)
 
     def flush(self) -> None:
         """Brings what this process wrote to the disk; returns when it is safe from a power cut.
 
         Raises:
-            StoreFull, OSError: the disk would not take it.
+            StoreFull, OSError: the disk would not take it; nothing is safe then but what an earlier flush wrote.
             RuntimeError: closed.
         """
-        try:
+        with self._telling_of_full_disks():
             self._files.flush()
-        except OSError as error:
-            raise self._explained(error) from error
 
     def close(self) -> None:
         """Flushes and lets go of the files. Once more does nothing."""
-        if self._shards is None:
-            return
-        try:
-            self.flush()
-        finally:
-            self._shards.close()
-            self._shards = None
+        if self._shards is not None:
+            try:
+                self.flush()
+            finally:
+                self._shards.close()
+                self._shards = None
 
     def __enter__(self) -> TeacherStore:
         return self
@@ -235,8 +230,7 @@ class TeacherStore:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._shards is None else f"{self.count:,} of {self.total:,} rows"
-        return f"TeacherStore({str(self.folder)!r}, {state})"
+        return f"TeacherStore({str(self.folder)!r}, {'closed' if self._shards is None else f'{self.count:,} rows'})"
 
     @property
     def _files(self) -> Shards:
@@ -244,11 +238,16 @@ class TeacherStore:
             raise RuntimeError(f"the store in {self.folder} is closed; open it again")
         return self._shards
 
-    def _explained(self, error: OSError) -> OSError:
-        if not files.is_full(error):
-            return error
-        kept = f"{self.count:,} of {self.total:,} rows are kept and stay readable"
-        return files.full(error, self.folder, self._files.missing_bytes(), kept)
+    @contextmanager
+    def _telling_of_full_disks(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not files.is_full(error):
+                raise
+            need = max(self._files.missing_bytes(), self.layout.row_bytes)
+            kept = f"{self.count:,} of {self.total:,} rows are kept and stay readable"
+            raise files.full(error, self.folder, need, kept) from error
 
     def _found_damage(self, rows: np.ndarray) -> None:
         if not self.damaged:
