@@ -28,6 +28,11 @@ TOLERANCES: dict[tuple[str, torch.dtype | str], float] = {
     ("gradient", "bfloat16 products"): 1e-2,
 }
 
+#: Views against Pillow's resize, in steps of 0..255. torch's and Pillow's 8-bit kernels round their weights to 15 and 22
+#: bits, and Pillow clamps between its two passes, where bicubic overshoots: on noise (the worst picture for it) up to 20.
+#: "mean" is per image; photographs of ImageNet have 0.03. "dali" is DALI's own resize, as used on a GPU.
+VIEW_LSB: dict[str, float] = {"mean": 0.5, "bilinear": 1, "bicubic": 24, "lanczos": 0, "dali mean": 0.25}
+
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """‖actual − expected‖ / ‖expected‖ in float64 (absolute where the expected norm is 0)."""

@@ -293,7 +293,7 @@ def test_close_ends_the_workers_also_within_an_epoch(source):
     loader = ImageLoader(source, 4, 8, True, workers=2)
     batches = loader.epoch(0)
     next(batches)
-    processes = list(loader._loader._iterator._workers)
+    processes = list(loader._engine._loader._iterator._workers)
     loader.close()
     assert len(processes) == 2 and not any(p.is_alive() for p in processes)
     with pytest.raises(RuntimeError, match="was closed"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tolerances import VIEW_LSB
 
 from xdfast.data import Augment
 from xdfast.data._rng import preserved_rng
@@ -46,19 +47,15 @@ def test_the_evaluation_view_is_resize_and_centre_crop(picture):
     image = picture(0, (40, 20))
     out = view(Views(Augment(interpolation="bilinear", crop_pct=0.5), 8, False, 0), image)
     resized = image.resize((32, 16), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(out.permute(1, 2, 0), resized.crop((12, 4, 20, 12)))
+    np.testing.assert_allclose(out.permute(1, 2, 0), resized.crop((12, 4, 20, 12)), atol=1)
     same = view(Views(Augment(), 10, False, 0), picture(1, (10, 10)))
     np.testing.assert_array_equal(same.permute(1, 2, 0), picture(1, (10, 10)))
 
 
-def test_a_long_strip_costs_no_gigabytes(picture, monkeypatch):
-    seen = []
-    resize = Image.Image.resize
-    monkeypatch.setattr(
-        Image.Image, "resize", lambda self, size, *a, **k: seen.append(size) or resize(self, size, *a, **k)
-    )
-    assert view(Views(Augment(), 64, False, 0), picture(0, (2, 20000))).shape == (3, 64, 64)
-    assert seen and max(map(max, seen)) <= 64 * 32
+def test_a_long_strip_costs_no_gigabytes(picture):
+    views = Views(Augment(), 64, False, 0)
+    assert max(views.crop(0, 0, 2, 20000).size) <= 64 * 32 and max(views.crop(0, 0, 20000, 2).size) <= 64 * 32
+    assert view(views, picture(0, (2, 20000))).shape == (3, 64, 64)
 
 
 @pytest.mark.parametrize("crop", ["rrc", "pad"])
@@ -91,8 +88,9 @@ def test_padded_shifts_are_windows_of_the_padded_image(picture):
 
 
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
 def test_the_pixels_are_those_of_timm_and_torchvision(picture, interpolation, train):
+    """The place exactly; the resize as VIEW_LSB says, on noise, where it differs most (photographs: a tenth of that)."""
     from timm.data import create_transform
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import resized_crop
@@ -107,7 +105,8 @@ def test_the_pixels_are_those_of_timm_and_torchvision(picture, interpolation, tr
         else:
             views = Views(Augment(interpolation=interpolation, crop_pct=0.875), 16, False, 0)
             expected = create_transform(16, interpolation=interpolation, crop_pct=0.875, normalize=False)(image)
-        np.testing.assert_array_equal(view(views, image, 2, number), np.asarray(expected))
+        off = np.abs(view(views, image, 2, number).numpy().astype(int) - np.asarray(expected).astype(int))
+        assert off.mean() <= VIEW_LSB["mean"] and off.max() <= VIEW_LSB[interpolation]
 
 
 def test_jitter_is_that_of_torchvision(picture):

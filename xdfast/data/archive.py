@@ -18,7 +18,7 @@ from xdfast.data.decode import BadImage, decode, image_size
 from xdfast.data.layout import Tree, find_class_folders, is_ignored
 from xdfast.data.sources import ImageSource, PackedStrings
 
-__all__ = ["ZipSource"]
+__all__ = ["NameTree", "ZipSource"]
 
 log = logging.getLogger("xdfast")
 
@@ -54,7 +54,7 @@ class ZipSource(ImageSource):
         members = {name: info for name, info in listed if name and not name.endswith("/")}
         if not members:
             raise ValueError(f"{self.name} is empty; expected CLASS/image.jpg inside")
-        found = find_class_folders(_ZipTree(self.name, [name for name, _ in listed]), split)
+        found = find_class_folders(NameTree(self.name, [name for name, _ in listed]), split)
         infos = [members[name] for name in found.names]
         if all(i.flag_bits & _ENCRYPTED for i in infos):
             raise ValueError(
@@ -147,7 +147,9 @@ def _clean(name: str) -> str:
     return f"{path}/" if path and name.endswith("/") else path
 
 
-class _ZipTree(Tree):
+class NameTree(Tree):
+    """Folders and files of an archive, from the names of its members."""
+
     def __init__(self, root: str, names: list[str]) -> None:
         self.root = root
         self._folders: dict[str, set[str]] = {}

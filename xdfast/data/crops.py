@@ -15,17 +15,19 @@ _LONGEST = 32
 
 
 class Crop(NamedTuple):
-    """A box of the image is resized, then a window of S × S pixels is kept. All in pixels, x before y.
+    """A box of the image is resized, a window of S × S pixels is kept, then flipped. All in pixels, x before y.
 
     Attributes:
         box: (left, top, width, height) in the decoded image.
         size: (width, height) the box is resized to.
         window: (left, top) of the S × S window in that.
+        flip: left and right change places.
     """
 
     box: tuple[int, int, int, int]
     size: tuple[int, int]
     window: tuple[int, int]
+    flip: bool = False
 
 
 def random_resized_crop(
@@ -52,6 +54,7 @@ def random_resized_crop(
     Reference:
         Szegedy et al., "Going deeper with convolutions", arXiv 1409.4842, section 6.
     """
+    width, height = int(width), int(height)  # numpy's integers overflow in the draws below
     area = width * height
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for attempt in range(_TRIES):

@@ -23,7 +23,7 @@ import io
 import numpy as np
 from PIL import Image
 
-__all__ = ["FORMATS", "BadImage", "decode", "image_size", "to_rgb"]
+__all__ = ["FORMATS", "BadImage", "decode", "image_size", "open_image", "to_rgb"]
 
 # Pillow opens more, but EPS would start Ghostscript and WMF, FITS and the like are no photographs.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -61,7 +61,7 @@ def decode(data: bytes, path: str) -> Image.Image:
     Raises:
         BadImage: the bytes are not one complete image.
     """
-    image = _open(data, path)
+    image = open_image(data, path)
     try:
         image.load()
         return to_rgb(image, path)
@@ -77,7 +77,7 @@ def image_size(data: bytes, path: str) -> tuple[int, int]:
     Raises:
         BadImage: the bytes do not start like an image.
     """
-    return _open(data, path).size
+    return open_image(data, path).size
 
 
 def to_rgb(image: Image.Image, path: str) -> Image.Image:
@@ -99,7 +99,12 @@ def to_rgb(image: Image.Image, path: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _open(data: bytes, path: str) -> Image.Image:
+def open_image(data: bytes, path: str) -> Image.Image:
+    """The image with its header read (size, mode, format), pixels not decoded.
+
+    Raises:
+        BadImage: the bytes do not start like an image.
+    """
     if not data:
         raise BadImage(path, "the file is empty (0 bytes)")
     try:

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 
 from xdfast.data.batches import BatchPlan, EpochPlan
+from xdfast.data.dali_reader import DaliReader
+from xdfast.data.decoder import Decoder, choose_decoder
+from xdfast.data.prefetch import prefetched
 from xdfast.data.reader import Batch, BatchReader
 from xdfast.data.sources import ImageSource
 from xdfast.data.views import Augment, Views
@@ -22,10 +25,11 @@ log = logging.getLogger("xdfast")
 _MAX_WORKERS = 8
 _SMALL_VIEW = 64
 _MANY = 10_000
+_AHEAD = 2  # batches DALI makes ahead of the training step
 
 
 class ImageLoader:
-    """Batches of views, on torch's DataLoader.
+    """Batches of views: Pillow in the processes of torch's DataLoader, or NVIDIA DALI's threads.
 
     Every random choice is a function of (seed, epoch, sample id): the same images for any number of workers, and
     ``epoch(e, start=k)`` gives exactly the batches an unbroken epoch would have given from number ``k`` on. Global random
@@ -43,11 +47,18 @@ class ImageLoader:
         seed: of order and views.
         rank, world_size: this process and how many share the images; every rank gets the same number of batches.
         workers: processes that read; ``"auto"``: none where small images are in memory, else one per core and
-            rank of this machine, at most 8.
+            rank of this machine, at most 8. Under DALI threads, as many for reading as for decoding.
         drop_last: leave out an incomplete last batch; default: in training.
         max_bad: unreadable images to put up with; default: a tenth of them all, at least 10; never all.
+        decoder: ``"pillow"``, ``"dali"``, ``"dali-gpu"`` (decodes on the current GPU; batches come as CUDA tensors), or
+            ``"auto"``, see :func:`choose_decoder`. Ids, labels and crops are the same with each; pixels to the rounding of
+            the resize.
+        fixed_views: K, so many views of each image, taken in turns over the epochs; default: a new one in every epoch.
+        digests: fills :attr:`Batch.digests`, which tell a changed image file.
 
     Attributes:
+        decoder: the one chosen.
+        decoder_reason: why.
         bad: path → reason of the unreadable images met so far. To continue a run, put those of the earlier part in.
         batches_per_epoch: per rank, the same on every rank.
 
@@ -68,6 +79,9 @@ class ImageLoader:
         workers: int | Literal["auto"] = "auto",
         drop_last: bool | None = None,
         max_bad: int | None = None,
+        decoder: Decoder = "auto",
+        fixed_views: int | None = None,
+        digests: bool = False,
     ) -> None:
         if workers != "auto" and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 0):
             raise ValueError(f"workers must be 'auto' or an integer ≥ 0, got {workers!r}")
@@ -75,25 +89,19 @@ class ImageLoader:
         self.bad: dict[str, str] = {}
         self.max_bad = max(10, len(source) // 10) if max_bad is None else max_bad
         views = Views(augment or Augment(), image_size, train, seed)
-        self._plan = EpochPlan(len(source), batch_size, train, seed, rank, world_size, drop_last)
+        self.views = views
+        self._plan = EpochPlan(len(source), batch_size, train, seed, rank, world_size, drop_last, fixed_views)
         self.batches_per_epoch = self._plan.batches_per_epoch
         self.batch_size = self._plan.batch_size
+        self.decoder, self.decoder_reason = choose_decoder(decoder, source, views)
         self.workers = choose_workers(source, views, world_size) if workers == "auto" else workers
-        self._sampler = _Plans(self._plan)
         self._turn = 0
-        self._loader = torch.utils.data.DataLoader(
-            BatchReader(source, views, cache=self.workers == 0),
-            batch_size=None,  # the sampler's items are whole batches
-            sampler=self._sampler,
-            num_workers=self.workers,
-            collate_fn=_unchanged,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.workers > 0,
-            generator=torch.Generator(),  # the DataLoader draws a number; not from the global generator
-        )
+        make = _Worked if self.decoder == "pillow" else _Threaded
+        self._engine: _Worked | _Threaded = make(self._plan, source, views, self.workers, self.decoder, digests)
         log.debug(
-            "%s: %d images, %d batches of %d for each of %d process(es), %d workers",
+            "%s: %d images, %d batches of %d for each of %d process(es), %d workers, decoder %s (%s)",
             source.name, len(source), self.batches_per_epoch, self.batch_size, world_size, self.workers,
+            self.decoder, self.decoder_reason,
         )  # fmt: skip
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -116,19 +124,15 @@ class ImageLoader:
     def close(self) -> None:
         """Ends the worker processes; an epoch under way cannot go on, the next one starts new workers."""
         self._turn += 1
-        iterator: Any = self._loader._iterator
-        self._loader._iterator = None
-        if iterator is not None:  # explicitly: a half-read epoch still refers to it and would keep the processes alive
-            iterator._shutdown_workers()
+        self._engine.close()
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
         self._turn += 1
         turn = self._turn
-        self._sampler.next_epoch = (epoch, start)
-        for batch in self._loader:
+        for batch in self._engine.batches(epoch, start):
             self._note(batch.bad)
             yield batch
-            if turn != self._turn and self.workers:
+            if turn != self._turn and self._engine.exclusive:
                 raise RuntimeError(
                     "this loader was closed, or another epoch() begun, before this one ended; use a second ImageLoader"
                 )
@@ -145,6 +149,66 @@ class ImageLoader:
                 f"more than max_bad={self.max_bad} allows ({shown}; …); "
                 "repair or remove them, or raise max_bad"
             )
+
+
+class _Worked:
+    """Pillow, in the processes of a DataLoader (in this one without workers)."""
+
+    def __init__(
+        self, plan: EpochPlan, source: ImageSource, views: Views, workers: int, decoder: str, digests: bool
+    ) -> None:
+        self.exclusive = workers > 0
+        self._sampler = _Plans(plan)
+        self._loader = torch.utils.data.DataLoader(
+            BatchReader(source, views, cache=workers == 0, digests=digests),
+            batch_size=None,  # the sampler's items are whole batches
+            sampler=self._sampler,
+            num_workers=workers,
+            collate_fn=_unchanged,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # the DataLoader draws a number; not from the global generator
+        )
+
+    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        self._sampler.next_epoch = (epoch, start)
+        yield from self._loader
+
+    def close(self) -> None:
+        iterator: Any = self._loader._iterator
+        self._loader._iterator = None
+        if iterator is not None:  # explicitly: a half-read epoch still refers to it and would keep the processes alive
+            iterator._shutdown_workers()
+
+
+class _Threaded:
+    """DALI, in a thread of this process that works ahead."""
+
+    exclusive = True
+
+    def __init__(
+        self, plan: EpochPlan, source: ImageSource, views: Views, workers: int, decoder: str, digests: bool
+    ) -> None:
+        device = torch.cuda.current_device() if decoder == "dali-gpu" else None
+        self._plan = plan
+        self._reader = DaliReader(source, views, plan.batch_size, max(1, workers), device, digests)
+        self._open: Any = None
+
+    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        self._stop()
+        self._open = prefetched(self._reader.__getitem__, self._plan.batches(epoch, start), _AHEAD)
+        pin = torch.cuda.is_available()
+        for batch in self._open:
+            yield batch.pin_memory() if pin and not batch.images.is_cuda else batch
+
+    def close(self) -> None:
+        self._stop()
+        self._reader.close()
+
+    def _stop(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
 
 
 class _Plans(torch.utils.data.Sampler[BatchPlan]):

@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,8 +58,8 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Copy in page-locked memory; called by torch's DataLoader."""
-        tensors = (self.images, self.labels, self.ids, self.valid, self.slots, self.views, self.digests)
-        return Batch(*(t.pin_memory() for t in tensors), bad=self.bad)
+        pinned: dict[str, Any] = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return Batch(**pinned)
 
 
 class BatchReader(torch.utils.data.Dataset):
@@ -128,7 +129,7 @@ class BatchReader(torch.utils.data.Dataset):
             return int(self._digests[i])
         self.views.reseed(view, slot)  # before load(): a dataset of the user's may draw at random too
         image, digest = load_image(self.source, i, self.digests)
-        out.copy_(torch.from_numpy(np.array(self.views.base(image, view, slot))))
+        out.numpy()[:] = self.views.base(image, view, slot)
         if self._bases is not None:
             self._bases[i], self._have[i], self._digests[i] = out, True, digest
         return digest
@@ -182,6 +183,13 @@ def make_batch(
     bad: dict[str, str],
 ) -> Batch:
     """A :class:`Batch` of what a reader found; ``labels`` are those of the whole source."""
-    found = np.where(ids == PADDING, PADDING_LABEL, labels[ids])
-    vectors = (found, ids, valid, plan.ids, plan.views, digests)
-    return Batch(images, *(torch.from_numpy(np.ascontiguousarray(v)) for v in vectors), bad=bad)
+    vectors = {
+        "labels": np.where(ids == PADDING, PADDING_LABEL, labels[ids]),
+        "ids": ids,
+        "valid": valid,
+        "slots": plan.ids,
+        "views": plan.views,
+        "digests": digests,
+    }
+    tensors: dict[str, Any] = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in vectors.items()}
+    return Batch(images=images, bad=bad, **tensors)

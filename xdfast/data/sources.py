@@ -60,6 +60,11 @@ class ImageSource(ABC):
         """
         return None
 
+    @property
+    def encoded(self) -> bool:
+        """True if :meth:`read` gives files, so that another decoder than Pillow can be used."""
+        return type(self).read is not ImageSource.read
+
     @abstractmethod
     def path(self, i: int) -> str:
         """Where image ``i`` comes from: a file, an archive member, a dataset item."""
@@ -135,6 +140,10 @@ class SubsetSource(ImageSource):
 
     def read(self, i: int) -> bytes | None:
         return self.source.read(int(self.indices[i]))
+
+    @property
+    def encoded(self) -> bool:
+        return self.source.encoded
 
     def path(self, i: int) -> str:
         return self.source.path(int(self.indices[i]))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xdfast.data.archive import _ZipTree as NameTree
+from xdfast.data.archive import NameTree
 from xdfast.data.layout import ClassFolders, find_class_folders
 from xdfast.data.shard_files import ShardFiles, ShardSource
 from xdfast.data.shards import choose_part, find_shards, label_images, some

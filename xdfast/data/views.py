@@ -23,6 +23,7 @@ _CROPS = ("rrc", "pad", "none")
 _INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest", "box", "hamming")
 _POLICY_EXAMPLES = "examples: 'rand-m9-mstd0.5-inc1', 'augmix-m5-w4-d2', 'original'"
 _VIEW = 0x56494557  # keeps the draws of views apart from those of the order and of replacements
+_FLIP = 3
 _JITTER = ("brightness", "contrast", "saturation")
 _ENHANCERS = {
     "brightness": ImageEnhance.Brightness,
@@ -80,8 +81,8 @@ class Augment:
 class Views:
     """Makes the uint8 views of a batch, in two steps that any reader can take.
 
-    :meth:`crop` says where a view is cut from its image; :meth:`render` does so with Pillow (the DALI reader does it in
-    its own way). :meth:`finish` then shifts, flips and colours the whole batch. Every draw is a function of (seed, view
+    :meth:`crop` says where a view is cut from its image, :meth:`resample` resizes what was cut, whoever decoded it, and
+    :meth:`finish` does the rest to the whole batch. Every draw is a function of (seed, view
     index, sample id): any process can make any view again.
 
     Args:
@@ -138,22 +139,29 @@ class Views:
         if self.fixed_base:
             return centre_crop(width, height, self.image_size, 1.0 if self.train else self.augment.crop_pct)
         keys = (self.seed, _VIEW, view, slot)
-        return random_resized_crop(keys, width, height, self.image_size, self.augment.scale, self.augment.ratio)
+        crop = random_resized_crop(keys, width, height, self.image_size, self.augment.scale, self.augment.ratio)
+        return crop._replace(flip=hash_int(*keys, _FLIP) * 2.0**-64 < self.augment.hflip)
 
     def render(self, image: Image.Image, crop: Crop) -> np.ndarray:
-        """uint8 ``[S, S, 3]``: crop, antialiased resize, window, by Pillow."""
+        """uint8 ``[S, S, 3]``: a crop of a decoded image."""
         left, top, width, height = crop.box
         if (width, height) != image.size:
             image = image.crop((left, top, left + width, top + height))
-        if image.size != crop.size:
-            image = image.resize(crop.size, Image.Resampling[self.augment.interpolation.upper()])
+        return self.resample(np.array(image), crop)
+
+    def resample(self, pixels: np.ndarray, crop: Crop) -> np.ndarray:
+        """uint8 ``[S, S, 3]`` from the pixels of ``crop.box``, uint8 ``[height, width, 3]``: antialiased resize, window, flip."""
+        if pixels.shape[1::-1] != crop.size:
+            pixels = _resize(pixels, crop.size, self.augment.interpolation)
         if crop.size != (self.image_size, self.image_size):
             x, y = crop.window
-            image = image.crop((x, y, x + self.image_size, y + self.image_size))
-        return np.asarray(image)
+            pixels = pixels[y : y + self.image_size, x : x + self.image_size]
+        if crop.flip:  # numpy reverses pixels of three bytes one by one, torch starts threads
+            pixels = np.asarray(Image.fromarray(pixels).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+        return pixels
 
     def base(self, image: Image.Image, view: int, slot: int) -> np.ndarray:
-        """uint8 ``[S, S, 3]``: the crop before shift, flip and colours; where ``fixed_base``, a function of the image alone."""
+        """uint8 ``[S, S, 3]``: the view before :meth:`finish`; where ``fixed_base``, a function of the image alone."""
         return self.render(image, self.crop(view, slot, *image.size))
 
     def jitter(self, view: int, slot: int) -> list[tuple[str, float]]:
@@ -167,8 +175,18 @@ class Views:
         order = sorted(range(len(_JITTER)), key=lambda k: draws[len(_JITTER) + k])
         return [(_JITTER[k], factors[k]) for k in order]
 
+    def colour(self, image: Image.Image, view: int, slot: int) -> Image.Image:
+        """The policy or the jitter of one view; a policy draws from the global generators, inside ``preserved_rng``."""
+        policy = self._policy
+        if policy is not None:
+            self.reseed(view, slot)
+            image = policy(image)
+        for name, factor in self.jitter(view, slot):
+            image = _ENHANCERS[name](image).enhance(factor)
+        return image
+
     def finish(self, bases: Tensor, views: np.ndarray, slots: np.ndarray, *, coloured: bool = False) -> Tensor:
-        """Shifts, flips and colours a batch.
+        """Shifts and flips (bases that are the same in every epoch) and colours a batch.
 
         Args:
             bases: uint8 ``[B, 3, S, S]``; not modified.
@@ -181,27 +199,20 @@ class Views:
         """
         if not self.train:
             return bases
-        draws = [uniform(hash64(self.seed, _VIEW, views, slots, salt)) for salt in (1, 2, 3)]  # each [B] in [0, 1)
-        if self.augment.train_crop == "pad":
-            bases = _shift(bases, draws[0], draws[1])
-        if self.augment.hflip > 0:
-            flip = torch.from_numpy(draws[2] < self.augment.hflip)
-            bases = torch.where(flip[:, None, None, None].to(bases.device), bases.flip(3), bases)
+        if self.fixed_base:
+            draws = [uniform(hash64(self.seed, _VIEW, views, slots, salt)) for salt in (1, 2, _FLIP)]  # [B] in [0, 1)
+            bases = _shift(bases, draws[0], draws[1]) if self.augment.train_crop == "pad" else bases.clone()
+            flip = torch.from_numpy(np.flatnonzero(draws[2] < self.augment.hflip))
+            bases[flip] = bases[flip].flip(3)
         if self.coloured and not coloured:
             bases = self._colour(bases, views, slots)
         return bases.contiguous(memory_format=torch.channels_last)
 
     def _colour(self, bases: Tensor, views: np.ndarray, slots: np.ndarray) -> Tensor:
         made = torch.empty(bases.shape, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-        policy = self._policy
         for row, (view, slot) in enumerate(zip(views.tolist(), slots.tolist(), strict=True)):
             image = Image.fromarray(np.ascontiguousarray(bases[row].permute(1, 2, 0).cpu().numpy()))
-            if policy is not None:
-                self.reseed(view, slot)
-                image = policy(image)
-            for name, factor in self.jitter(view, slot):
-                image = _ENHANCERS[name](image).enhance(factor)
-            made[row] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            made[row] = torch.from_numpy(np.array(self.colour(image, view, slot))).permute(2, 0, 1)
         return made.to(bases.device)
 
     @property
@@ -223,7 +234,7 @@ class Views:
             transform: Any = create_transform(
                 self.image_size,
                 is_training=True,
-                color_jitter=None,
+                color_jitter=None,  # type: ignore[arg-type]  # timm's annotation leaves out its default
                 auto_augment=policy,
                 interpolation=self.augment.interpolation,
                 normalize=False,
@@ -237,6 +248,21 @@ class Views:
         for step in transform[1].transforms:
             _allow_zero_bits(step)
         return transform[1]
+
+
+def _resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
+    """uint8 ``[h, w, 3]`` at another (width, height), antialiased.
+
+    By torch's vectorised kernel where there is one: three to four times faster than Pillow's resize, equal to it to 0.03
+    of 255 on average.
+    """
+    if interpolation not in ("bilinear", "bicubic"):
+        return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling[interpolation.upper()]))
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # channels last: the layout of the fast kernel
+    resized = torch.nn.functional.interpolate(
+        image, size=(size[1], size[0]), mode=interpolation, antialias=True, align_corners=False
+    )
+    return resized[0].permute(1, 2, 0).contiguous().numpy()
 
 
 def _wrong_sections(policy: str) -> str:
