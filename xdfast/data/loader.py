@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -53,6 +53,7 @@ class ImageLoader:
         decoder: ``"pillow"``, ``"dali"``, ``"dali-gpu"`` (decodes on the current GPU; batches come as CUDA tensors), or
             ``"auto"``, see :func:`choose_decoder`. Ids, labels and crops are the same with each; pixels to the rounding of
             the resize.
+        view_seed: of the views alone, so that runs with other orders can share a cache of them; default: ``seed``.
         fixed_views: K, so many views of each image, taken in turns over the epochs; default: a new one in every epoch.
         digests: fills :attr:`Batch.digests`, which tell a changed image file.
 
@@ -82,13 +83,14 @@ class ImageLoader:
         decoder: Decoder = "auto",
         fixed_views: int | None = None,
         digests: bool = False,
+        view_seed: int | None = None,
     ) -> None:
         if workers != "auto" and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 0):
             raise ValueError(f"workers must be 'auto' or an integer ≥ 0, got {workers!r}")
         self.source = source
         self.bad: dict[str, str] = {}
         self.max_bad = max(10, len(source) // 10) if max_bad is None else max_bad
-        views = Views(augment or Augment(), image_size, train, seed)
+        views = Views(augment or Augment(), image_size, train, seed if view_seed is None else view_seed)
         self.views = views
         self._plan = EpochPlan(len(source), batch_size, train, seed, rank, world_size, drop_last, fixed_views)
         self.batches_per_epoch = self._plan.batches_per_epoch
@@ -119,17 +121,21 @@ class ImageLoader:
             raise ValueError(f"epoch must be ≥ 0, got {epoch!r}")
         if not 0 <= start <= self.batches_per_epoch:
             raise ValueError(f"start must be in [0, {self.batches_per_epoch}], the batches of an epoch, got {start!r}")
-        return self._batches(epoch, start)
+        return self._batches(self._plan.batches(epoch, start))
+
+    def read(self, plans: Sequence[BatchPlan]) -> Iterator[Batch]:
+        """Batches of chosen samples and views, such as those a teacher cache lacks; as :meth:`epoch` otherwise."""
+        return self._batches(iter(plans))
 
     def close(self) -> None:
         """Ends the worker processes; an epoch under way cannot go on, the next one starts new workers."""
         self._turn += 1
         self._engine.close()
 
-    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+    def _batches(self, plans: Iterator[BatchPlan]) -> Iterator[Batch]:
         self._turn += 1
         turn = self._turn
-        for batch in self._engine.batches(epoch, start):
+        for batch in self._engine.batches(plans):
             self._note(batch.bad)
             yield batch
             if turn != self._turn and self._engine.exclusive:
@@ -158,7 +164,7 @@ class _Worked:
         self, plan: EpochPlan, source: ImageSource, views: Views, workers: int, decoder: str, digests: bool
     ) -> None:
         self.exclusive = workers > 0
-        self._sampler = _Plans(plan)
+        self._sampler = _Plans()
         self._loader = torch.utils.data.DataLoader(
             BatchReader(source, views, cache=workers == 0, digests=digests),
             batch_size=None,  # the sampler's items are whole batches
@@ -170,8 +176,8 @@ class _Worked:
             generator=torch.Generator(),  # the DataLoader draws a number; not from the global generator
         )
 
-    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        self._sampler.next_epoch = (epoch, start)
+    def batches(self, plans: Iterator[BatchPlan]) -> Iterator[Batch]:
+        self._sampler.plans = plans
         yield from self._loader
 
     def close(self) -> None:
@@ -190,13 +196,12 @@ class _Threaded:
         self, plan: EpochPlan, source: ImageSource, views: Views, workers: int, decoder: str, digests: bool
     ) -> None:
         device = torch.cuda.current_device() if decoder == "dali-gpu" else None
-        self._plan = plan
         self._reader = DaliReader(source, views, plan.batch_size, max(1, workers), device, digests)
         self._open: Any = None
 
-    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+    def batches(self, plans: Iterator[BatchPlan]) -> Iterator[Batch]:
         self._stop()
-        self._open = prefetched(self._reader.__getitem__, self._plan.batches(epoch, start), _AHEAD)
+        self._open = prefetched(self._reader.__getitem__, plans, _AHEAD)
         pin = torch.cuda.is_available()
         for batch in self._open:
             yield batch.pin_memory() if pin and not batch.images.is_cuda else batch
@@ -212,17 +217,12 @@ class _Threaded:
 
 
 class _Plans(torch.utils.data.Sampler[BatchPlan]):
-    """Hands the planned batches of one epoch to the DataLoader; lives in the parent process."""
+    """Hands planned batches to the DataLoader; lives in the parent process."""
 
-    def __init__(self, plan: EpochPlan) -> None:
-        self._plan = plan
-        self.next_epoch = (0, 0)
-
-    def __len__(self) -> int:
-        return self._plan.batches_per_epoch
+    plans: Iterator[BatchPlan] = iter(())
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        return self._plan.batches(*self.next_epoch)
+        return self.plans
 
 
 def choose_workers(source: ImageSource, views: Views, world_size: int) -> int:
