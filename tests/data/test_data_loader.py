@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -299,6 +303,34 @@ def test_close_ends_the_workers_also_within_an_epoch(source):
     with pytest.raises(RuntimeError, match="was closed"):
         next(batches)
     assert len(read(loader)) == 5
+    loader.close()
+
+
+def test_a_killed_worker_is_named_where_its_batch_is_waited_for(source):
+    loader = ImageLoader(source, 1, 8, True, workers=2)
+    batches = loader.epoch(1, start=2)
+    next(batches)
+    victim = loader._engine._loader._iterator._workers[1]
+    os.kill(victim.pid, signal.SIGKILL)
+    time.sleep(0.2)  # within the training step: nothing is raised here
+    with pytest.raises(
+        RuntimeError, match=rf"a loader process died: worker 1 \(pid {victim.pid}\) by SIGKILL"
+    ) as error:
+        list(batches)
+    text = str(error.value)
+    assert "lower workers or batch_size" in text and "continues from its last checkpoint" in text
+    number = int(re.search(r"batch (\d+) of epoch 1 that was waited for", text)[1])
+    expected = int(loader._plan.order(1)[number])
+    assert number > 2 and f"samples {expected}: {source.path(expected)}. " in text
+    assert str(error.value.__cause__).startswith("DataLoader worker (pid")
+    assert len(read(loader)) == 23  # a new epoch starts new processes
+
+
+def test_an_error_within_a_worker_is_not_taken_for_its_death(source):
+    loader = ImageLoader(source, 4, 8, True, workers=1)
+    loader._engine._loader.dataset.views = None
+    with pytest.raises(AttributeError, match="in DataLoader worker process 0"):
+        read(loader)
     loader.close()
 
 

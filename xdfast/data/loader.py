@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from xdfast.data.prefetch import prefetched
 from xdfast.data.reader import Batch, BatchReader
 from xdfast.data.sources import ImageSource
 from xdfast.data.views import Augment, Views
+from xdfast.data.worker_death import is_death, obituary, report_when_waiting
 
 __all__ = ["ImageLoader", "choose_workers"]
 
@@ -115,27 +117,28 @@ class ImageLoader:
 
         Raises:
             ValueError: numbers out of range.
-            RuntimeError: while iterating: too many unreadable images, or another epoch of this loader was begun in the meantime.
+            RuntimeError: while iterating: too many unreadable images, a worker process died, or another epoch of this loader
+                was begun in the meantime.
         """
         if epoch < 0:
             raise ValueError(f"epoch must be ≥ 0, got {epoch!r}")
         if not 0 <= start <= self.batches_per_epoch:
             raise ValueError(f"start must be in [0, {self.batches_per_epoch}], the batches of an epoch, got {start!r}")
-        return self._batches(self._plan.batches(epoch, start))
+        return self._batches(self._plan.batches(epoch, start), start, f"epoch {epoch}")
 
     def read(self, plans: Sequence[BatchPlan]) -> Iterator[Batch]:
         """Batches of chosen samples and views, such as those a teacher cache lacks; as :meth:`epoch` otherwise."""
-        return self._batches(iter(plans))
+        return self._batches(iter(plans), 0, "those asked for")
 
     def close(self) -> None:
         """Ends the worker processes; an epoch under way cannot go on, the next one starts new workers."""
         self._turn += 1
         self._engine.close()
 
-    def _batches(self, plans: Iterator[BatchPlan]) -> Iterator[Batch]:
+    def _batches(self, plans: Iterator[BatchPlan], start: int, of: str) -> Iterator[Batch]:
         self._turn += 1
         turn = self._turn
-        for batch in self._engine.batches(plans):
+        for batch in self._engine.batches(plans, start, of):
             self._note(batch.bad)
             yield batch
             if turn != self._turn and self._engine.exclusive:
@@ -164,6 +167,7 @@ class _Worked:
         self, plan: EpochPlan, source: ImageSource, views: Views, workers: int, decoder: str, digests: bool
     ) -> None:
         self.exclusive = workers > 0
+        self._source = source
         self._sampler = _Plans()
         self._loader = torch.utils.data.DataLoader(
             BatchReader(source, views, cache=workers == 0, digests=digests),
@@ -176,9 +180,24 @@ class _Worked:
             generator=torch.Generator(),  # the DataLoader draws a number; not from the global generator
         )
 
-    def batches(self, plans: Iterator[BatchPlan]) -> Iterator[Batch]:
-        self._sampler.plans = plans
-        yield from self._loader
+    def batches(self, plans: Iterator[BatchPlan], start: int, of: str) -> Iterator[Batch]:
+        self._sampler.begin(plans)
+        number = start
+        try:
+            iterator: Any = iter(self._loader)
+            report_when_waiting(iterator)
+            for batch in iterator:
+                self._sampler.under_way.popleft()
+                number += 1
+                yield batch
+        except RuntimeError as error:
+            processes = getattr(self._loader._iterator, "_workers", [])
+            waited = self._sampler.under_way[0].ids if self._sampler.under_way else np.empty(0, np.int64)
+            message = is_death(error) and obituary(processes, self._source, f"batch {number} of {of}", waited)
+            if not message:
+                raise
+            self.close()  # ends the other workers; a new epoch starts new ones
+            raise RuntimeError(message) from error
 
     def close(self) -> None:
         iterator: Any = self._loader._iterator
@@ -199,7 +218,7 @@ class _Threaded:
         self._reader = DaliReader(source, views, plan.batch_size, max(1, workers), device, digests)
         self._open: Any = None
 
-    def batches(self, plans: Iterator[BatchPlan]) -> Iterator[Batch]:
+    def batches(self, plans: Iterator[BatchPlan], start: int, of: str) -> Iterator[Batch]:
         self._stop()
         self._open = prefetched(self._reader.__getitem__, plans, _AHEAD)
         pin = torch.cuda.is_available()
@@ -219,10 +238,14 @@ class _Threaded:
 class _Plans(torch.utils.data.Sampler[BatchPlan]):
     """Hands planned batches to the DataLoader; lives in the parent process."""
 
-    plans: Iterator[BatchPlan] = iter(())
+    def begin(self, plans: Iterator[BatchPlan]) -> None:
+        self._plans = plans
+        self.under_way: deque[BatchPlan] = deque()  # handed out, not yet come back; they come back in this order
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        return self.plans
+        for plan in self._plans:
+            self.under_way.append(plan)
+            yield plan
 
 
 def choose_workers(source: ImageSource, views: Views, world_size: int) -> int:

@@ -1,0 +1,67 @@
+"""What is said when a process of the DataLoader dies, and where."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import numpy as np
+import torch
+
+from xdfast.data.batches import PADDING
+from xdfast.data.sources import ImageSource
+
+__all__ = ["is_death", "obituary", "report_when_waiting"]
+
+_NAMED = 3
+_LIBRARY = "A library that reads images crashed: `xdfast data check DATA --full` finds the image."
+_CAUSES = {
+    signal.SIGKILL: "The usual cause is memory (the kernel kills the largest process): lower workers or batch_size.",
+    signal.SIGBUS: "The usual cause is that /dev/shm is full (docker run --shm-size=8g): or lower workers or batch_size.",
+    **dict.fromkeys((signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE), _LIBRARY),
+}
+_OTHER = "Something ended it from outside, or a library that reads images did."
+
+
+def report_when_waiting(iterator: Any) -> None:
+    """Lets the death of a worker be found where its batch is waited for, at most five seconds later.
+
+    torch's handler of SIGCHLD would raise anywhere in the main thread: in the midst of a training step or a checkpoint.
+    """
+    if getattr(iterator, "_worker_pids_set", False):
+        torch.utils.data._utils.signal_handling._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
+
+
+def is_death(error: RuntimeError) -> bool:
+    """True for what a DataLoader raises when a worker is gone, not for errors within workers."""
+    return str(error).startswith("DataLoader worker (pid")
+
+
+def obituary(processes: list[Any], source: ImageSource, batch: str, ids: np.ndarray) -> str:
+    """Who died and how, the usual cause, and what was waited for; nothing if all processes live.
+
+    Args:
+        processes: of the DataLoader.
+        source: images.
+        batch: the one waited for, in words.
+        ids: int64 ``[B]`` its samples.
+    """
+    dead = {i: process for i, process in enumerate(processes) if process.exitcode is not None}
+    if not dead:
+        return ""
+    who = ", ".join(f"worker {i} (pid {p.pid}) by {_ending(p.exitcode)}" for i, p in dead.items())
+    cause = _CAUSES.get(-next(iter(dead.values())).exitcode, _OTHER)
+    present = [int(i) for i in ids if i != PADDING]
+    some = "; ".join(f"{i}: {source.path(i)}" for i in present[:_NAMED]) + ("; …" if len(present) > _NAMED else "")
+    return (
+        f"a loader process died: {who}. {cause} It was {batch} that was waited for, samples {some or 'unknown'}. "
+        "The run continues from its last checkpoint with the same command"
+    )
+
+
+def _ending(code: int) -> str:
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"exit status {code}"
