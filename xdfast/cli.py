@@ -18,6 +18,8 @@ _VERBS = {
     "finetune": "supervised training of one model",
     "evaluate": "top-1/5, k-NN, linear probe, CKA of a run or model",
     "report": "one HTML page and a JSON from finished runs",
+    "cache": "teacher caches: info, verify, build, remove",
+    "data": "check: look at every image, name those that cannot be read",
     "demo": "scratch, KD and RSD side by side on real images, with a report",
     "bench": "time the losses against their rivals on this machine",
     "recipes": "list the settings that ship with xdfast",
@@ -64,7 +66,7 @@ def _usage() -> str:
     return f"usage: xdfast VERB [options]\n\n{lines}\n\n{hint}"
 
 
-def _parse(cls: Any, args: list[str], verb: str) -> Any:
+def parse_config(cls: Any, args: list[str], verb: str, prog: str = "") -> Any:
     """A config from command-line options over the defaults of ``--recipe``."""
     import tyro
 
@@ -91,25 +93,25 @@ def _parse(cls: Any, args: list[str], verb: str) -> Any:
     }
     default = cls.from_dict({**dict.fromkeys(required, tyro.MISSING), **values}, source="recipe")
     description = f"{_VERBS[verb]}. --recipe NAME|FILE.yaml sets defaults (`xdfast recipes` lists them)."
-    return tyro.cli(cls, args=rest, default=default, prog=f"xdfast {verb}", description=description)
+    return tyro.cli(cls, args=rest, default=default, prog=f"xdfast {prog or verb}", description=description)
 
 
 def _distill(args: list[str]) -> None:
     from xdfast.pipeline import DistillConfig, distill
 
-    _finish(distill(_parse(DistillConfig, args, "distill")))
+    _finish(distill(parse_config(DistillConfig, args, "distill")))
 
 
 def _finetune(args: list[str]) -> None:
     from xdfast.pipeline import FinetuneConfig, finetune
 
-    _finish(finetune(_parse(FinetuneConfig, args, "finetune")))
+    _finish(finetune(parse_config(FinetuneConfig, args, "finetune")))
 
 
 def _evaluate(args: list[str]) -> None:
     from xdfast.pipeline import EvaluateConfig, evaluate
 
-    _finish(evaluate(_parse(EvaluateConfig, args, "evaluate")))
+    _finish(evaluate(parse_config(EvaluateConfig, args, "evaluate")))
 
 
 def _finish(result: Any) -> None:
@@ -147,6 +149,18 @@ def _report(args: list[str]) -> None:
     options = tyro.cli(_ReportOptions, args=args, prog="xdfast report", config=(tyro.conf.PositionalRequiredArgs,))
     result = report(**vars(options))
     print(f"written to {result.path} and {result.json_path}")
+
+
+def _cache(args: list[str]) -> int:
+    from xdfast import cli_cache
+
+    return cli_cache.main(args)
+
+
+def _data(args: list[str]) -> int:
+    from xdfast import cli_data
+
+    return cli_data.main(args)
 
 
 def _demo(args: list[str]) -> None:
@@ -220,6 +234,8 @@ _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "finetune": _finetune,
     "evaluate": _evaluate,
     "report": _report,
+    "cache": _cache,
+    "data": _data,
     "demo": _demo,
     "bench": _bench,
     "recipes": _recipes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from xdfast.cli import _parse
+from xdfast.cli import parse_config
 from xdfast.pipeline import DistillConfig, EvaluateConfig, FinetuneConfig
 from xdfast.recipes import recipe_names, recipe_path
 
@@ -29,20 +29,20 @@ def test_the_command_line_gives_the_same_config_as_python() -> None:
         "--tensorboard",
     ]
     expected = DistillConfig(**BASE, epochs=3, loss="kd", lr=0.2, ema=0.99, labels_per_class=4, tensorboard=True)
-    assert _parse(DistillConfig, flags, "distill") == expected
+    assert parse_config(DistillConfig, flags, "distill") == expected
 
 
 def test_yaml_round_trip(tmp_path) -> None:
     config = FinetuneConfig(model="m", data="c", out="d", epochs=7, student_options={"drop_path_rate": 0.1})
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(config.to_dict()))
-    assert _parse(FinetuneConfig, ["--recipe", str(path)], "finetune") == config
-    assert _parse(FinetuneConfig, [f"--recipe={path}", "--epochs", "9"], "finetune").epochs == 9
+    assert parse_config(FinetuneConfig, ["--recipe", str(path)], "finetune") == config
+    assert parse_config(FinetuneConfig, [f"--recipe={path}", "--epochs", "9"], "finetune").epochs == 9
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_makes_a_valid_config(name) -> None:
-    config = _parse(DistillConfig, ["--recipe", name, *FLAGS], "distill")
+    config = parse_config(DistillConfig, ["--recipe", name, *FLAGS], "distill")
     config.validate()
     values = yaml.safe_load(recipe_path(name).read_text())
     assert config.epochs == values["epochs"]
@@ -51,9 +51,9 @@ def test_every_shipped_recipe_makes_a_valid_config(name) -> None:
 
 def test_a_recipe_for_another_verb_and_an_unknown_one() -> None:
     with pytest.raises(ValueError, match="is for `xdfast distill`, not `xdfast finetune`"):
-        _parse(FinetuneConfig, ["--recipe", "rsd-cifar-cnn"], "finetune")
+        parse_config(FinetuneConfig, ["--recipe", "rsd-cifar-cnn"], "finetune")
     with pytest.raises(FileNotFoundError, match="unknown recipe 'rsd-cifar'.*Did you mean"):
-        _parse(DistillConfig, ["--recipe", "rsd-cifar"], "distill")
+        parse_config(DistillConfig, ["--recipe", "rsd-cifar"], "distill")
 
 
 def test_unknown_and_missing_settings() -> None:

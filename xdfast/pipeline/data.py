@@ -8,8 +8,9 @@ from typing import Any
 
 from xdfast import distributed
 from xdfast.data import Augment, ImageLoader, ImageSource, augment_preset, open_source
+from xdfast.data.decoder import Decoder
 from xdfast.models import FeatureModel
-from xdfast.pipeline.config import TrainConfig
+from xdfast.pipeline.config import DistillConfig, TrainConfig
 
 __all__ = ["Images", "eval_loader", "open_images", "train_loader", "view_size"]
 
@@ -62,10 +63,24 @@ def view_size(config: TrainConfig, source: ImageSource, models: list[FeatureMode
 def train_loader(
     config: TrainConfig, source: ImageSource, size: int, model: FeatureModel
 ) -> tuple[ImageLoader, Any | None]:
-    """(loader, batch augmentation or None) for training."""
+    """(loader, batch augmentation or None) for training.
+
+    With a teacher cache the views are K fixed ones, drawn from seed 0 whatever the run's, so that runs can share it.
+
+    Raises:
+        ValueError: a cache, and an augmentation that mixes or erases what the teacher saw.
+    """
     augment, batch_augment = augment_preset(
         config.augment, num_classes=len(source.classes), mean=model.mean, std=model.std, **_overrides(config)
     )
+    cached: dict[str, Any] = {}
+    if isinstance(config, DistillConfig) and config.cache != "none":
+        if batch_augment is not None:
+            raise ValueError(
+                f"cache={config.cache!r} keeps what the teacher says of single images, but augment={config.augment!r} "
+                f"changes whole batches ({batch_augment}); set mixup=0, cutmix=0, random_erase=0, or cache='none'"
+            )
+        cached = {"fixed_views": config.cache_views, "digests": True, "view_seed": 0}
     loader = ImageLoader(
         source,
         batch_size=config.batch_size,
@@ -76,11 +91,16 @@ def train_loader(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         workers=config.workers,
+        decoder=config.decoder,
+        **cached,
     )
+    log.info("views by %s (%s)", loader.decoder, loader.decoder_reason)
     return loader, batch_augment
 
 
-def eval_loader(source: ImageSource, size: int, *, batch_size: int, workers: Any, sharded: bool = True) -> ImageLoader:
+def eval_loader(
+    source: ImageSource, size: int, *, batch_size: int, workers: Any, decoder: Decoder = "auto", sharded: bool = True
+) -> ImageLoader:
     """Every image once, unaugmented; over all ranks if ``sharded``."""
     return ImageLoader(
         source,
@@ -92,6 +112,7 @@ def eval_loader(source: ImageSource, size: int, *, batch_size: int, workers: Any
         rank=distributed.rank() if sharded else 0,
         world_size=distributed.world_size() if sharded else 1,
         workers=workers,
+        decoder=decoder,
     )
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from xdfast import distributed
+from xdfast.data import ImageLoader
 from xdfast.losses import DistillLoss, create_loss
 from xdfast.models import FeatureModel, create_model, weights_hash
 from xdfast.nn import AAD
 from xdfast.pipeline.config import DistillConfig
-from xdfast.pipeline.data import open_images, view_size
+from xdfast.pipeline.data import Images, open_images, train_loader, view_size
 from xdfast.pipeline.folder import RunResult, model_source, open_folder
 from xdfast.pipeline.task import DistillTask, seed_everything
+from xdfast.pipeline.teacher import CachedTeacher, LiveTeacher, open_store
 from xdfast.pipeline.train_run import make_student, run_training, settings_of
 
 __all__ = ["distill"]
@@ -40,6 +43,10 @@ def distill(
     The student is saved as safetensors that plain timm loads; the projector stays in the resume file. Killed at any
     moment, the same call continues and ends with the same weights. Under ``torchrun`` it is data-parallel; the
     distillation loss and its statistics are per process.
+
+    With ``cache="auto"`` every image has ``cache_views`` fixed views; the first epochs keep what the teacher says of them
+    on disk, the others read it, without the teacher. The store belongs to these weights, images and views, and to nothing
+    else; the next run that fits it finds it filled.
 
     Args:
         config: all settings; or give them as keyword arguments, see :class:`DistillConfig`.
@@ -71,23 +78,58 @@ def distill(
         log.info("%s is finished; returning its result", out)
         return finished
 
+    parts = prepare(config, teacher=teacher, student=student, data=data, val_data=val_data)
+    try:
+        return run_training(
+            "distill", parts.task, parts.images, parts.loader, parts.batch_augment, config, out, parts.identity
+        )
+    finally:
+        parts.task.teacher.close()
+
+
+@dataclass
+class Prepared:
+    """What a distillation needs before its first step."""
+
+    task: DistillTask
+    images: Images
+    loader: ImageLoader
+    batch_augment: Any | None
+    identity: dict[str, Any]
+
+
+def prepare(config: DistillConfig, *, teacher: Any, student: Any, data: Any, val_data: Any) -> Prepared:
+    """Opens images, models and the teacher cache; arguments other than ``config`` as for :func:`distill`."""
     images = open_images(config, data, val_data)
     classes = len(images.train.classes)
-    seed_everything(config.seed, 3)  # a teacher without pretrained weights must be the same on every rank
-    teacher_net = create_model(
-        model_source(config.teacher if teacher is None else teacher),
-        pretrained=config.teacher_pretrained,
-        image_size=config.teacher_size,
-        frozen=True,
-        dtype=_DTYPES[config.teacher_precision],
-        device=distributed.device_for_rank(config.device),
-        options=config.teacher_options,
-    )
+
+    def load_teacher() -> FeatureModel:
+        seed_everything(config.seed, 3)  # a teacher without pretrained weights must be the same on every rank
+        return create_model(
+            model_source(config.teacher if teacher is None else teacher),
+            pretrained=config.teacher_pretrained,
+            image_size=config.teacher_size,
+            frozen=True,
+            dtype=_DTYPES[config.teacher_precision],
+            device=distributed.device_for_rank(config.device),
+            options=config.teacher_options,
+        )
+
+    teacher_net = load_teacher()
     student_net = make_student(config.student if student is None else student, config, classes)
     task = build_task(config, student_net, teacher_net, classes)
     size = view_size(config, images.train, [student_net, teacher_net])
+    loader, batch_augment = train_loader(config, images.train, size, student_net)
     identity = {"teacher": weights_hash(teacher_net)}
-    return run_training("distill", task, student_net, images, size, config, out, identity)
+    if config.cache != "none":
+        kinds = task.teacher.kinds
+        store = open_store(
+            config.cache, teacher_net, identity["teacher"], images.train, loader, kinds,
+            views=config.cache_views, dtype=config.cache_dtype, precision=config.teacher_precision, amp=config.amp,
+        )  # fmt: skip
+        first = None if store.complete else teacher_net
+        task.teacher = CachedTeacher(store, load_teacher, loader, kinds, net=first, progress=config.progress)
+    return Prepared(task, images, loader, batch_augment, identity)
 
 
 def build_task(config: DistillConfig, student: FeatureModel, teacher: FeatureModel, classes: int) -> DistillTask:
@@ -110,9 +152,12 @@ def build_task(config: DistillConfig, student: FeatureModel, teacher: FeatureMod
         if loss.on == "features":
             seed_everything(config.seed, 2, len(projectors))
             projectors[name] = AAD(student.num_features, teacher.num_features, config.aad_expansion)
+    needed = {loss.on for loss in losses.values()}
+    kinds = tuple(kind for kind in ("features", "logits") if kind in needed)
     return DistillTask(
-        student, teacher, losses, projectors, ce_weight=config.ce_weight, label_smoothing=config.label_smoothing
-    )
+        student, LiveTeacher(teacher, kinds), losses, projectors,
+        ce_weight=config.ce_weight, label_smoothing=config.label_smoothing,
+    )  # fmt: skip
 
 
 def _options(config: DistillConfig, name: str) -> dict[str, Any]:

@@ -164,7 +164,14 @@ def evaluate(
         )
 
     def loader(source: Any, size: int) -> Any:
-        return eval_loader(source, size, batch_size=config.batch_size, workers=config.workers, sharded=False)
+        return eval_loader(
+            source,
+            size,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            decoder=config.decoder,
+            sharded=False,
+        )
 
     val = loader(images.val, net.image_size)
     features, logits, labels, ids = extract(net, val, device, title=f"{name}: validation", progress=config.progress)

@@ -9,7 +9,7 @@ from torch import nn
 
 from xdfast import distributed
 from xdfast.pipeline.config import FinetuneConfig
-from xdfast.pipeline.data import open_images, view_size
+from xdfast.pipeline.data import open_images, train_loader, view_size
 from xdfast.pipeline.folder import RunResult, open_folder
 from xdfast.pipeline.task import SupervisedTask
 from xdfast.pipeline.train_run import make_student, run_training, settings_of
@@ -56,4 +56,5 @@ def finetune(
     net = make_student(config.model if model is None else model, config, len(images.train.classes))
     task = SupervisedTask(net, config.label_smoothing, freeze_encoder=config.freeze == "encoder")
     size = view_size(config, images.train, [net])
-    return run_training("finetune", task, net, images, size, config, out, identity={})
+    loader, batch_augment = train_loader(config, images.train, size, net)
+    return run_training("finetune", task, images, loader, batch_augment, config, out, identity={})

@@ -27,7 +27,7 @@ from xdfast.pipeline.journal import Journal, ProgressLine
 from xdfast.pipeline.optim import build_optimizer, build_schedule
 from xdfast.pipeline.task import TrainingTask, seed_everything
 
-__all__ = ["LoopResult", "train"]
+__all__ = ["LoopResult", "autocast", "train"]
 
 log = logging.getLogger("xdfast")
 
@@ -70,7 +70,7 @@ def train(
     """Trains ``task`` for ``config.epochs`` and returns the student (its EMA where asked for).
 
     Args:
-        task: maps (images, targets, **task.teach(images)) to ``{"loss": …, named terms}``.
+        task: maps (images, targets, **task.teach(images, batch)) to ``{"loss": …, named terms}``.
         loader: :class:`xdfast.data.ImageLoader` of training views.
         config: settings; see :class:`TrainConfig`.
         out: folder for ``resume.pt`` and ``metrics.jsonl``.
@@ -137,6 +137,9 @@ def train(
         try:
             while state.epoch < config.epochs:
                 trained.train()
+                if state.batch == 0:
+                    with autocast(config, device):
+                        task.begin_epoch()
                 for micro in _groups(loader.epoch(state.epoch, state.batch), config.accumulate):
                     rate = optimizer.param_groups[0]["lr"]
                     _update(trained, task, micro, optimizer, scaler, config, device, batch_augment, state, running)
@@ -216,8 +219,8 @@ def _update(
         hold: Any = contextlib.nullcontext()
         if not last and isinstance(trained, nn.parallel.DistributedDataParallel):
             hold = trained.no_sync()
-        with hold, _autocast(config, device):
-            terms = trained(images, targets, **task.teach(images))
+        with hold, autocast(config, device):
+            terms = trained(images, targets, **task.teach(images, batch))
             share = len(batch.ids) / total
             loss = terms["loss"] * share
         with hold if not last else contextlib.nullcontext():
@@ -230,7 +233,8 @@ def _update(
     scaler.update()
 
 
-def _autocast(config: TrainConfig, device: torch.device) -> Any:
+def autocast(config: TrainConfig, device: torch.device) -> Any:
+    """The mixed precision of a run, as a context."""
     dtype = torch.bfloat16 if config.amp == "bf16" else torch.float16
     return torch.autocast(device.type, dtype=dtype, enabled=config.amp != "none")
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from xdfast.data import Batch
 from xdfast.losses import DistillLoss
 from xdfast.ops.rsd import RSDComponents
+from xdfast.pipeline.teacher import CachedTeacher, LiveTeacher
 
 __all__ = ["DistillTask", "SupervisedTask", "TrainingTask"]
 
@@ -26,8 +28,16 @@ class TrainingTask(nn.Module):
         self.student = student
         self.label_smoothing = label_smoothing
 
-    def teach(self, images: Tensor) -> dict[str, Tensor]:
-        """Targets computed without gradient, outside the trained module; none by default."""
+    def begin_epoch(self) -> None:
+        """Called on every rank before the first batch of an epoch."""
+
+    def teach(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Targets without gradient, from outside the trained module; none by default.
+
+        Args:
+            images: float ``[B, 3, S, S]`` in [0, 1], as the student gets them.
+            batch: which samples and views they are.
+        """
         return {}
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -60,13 +70,13 @@ class DistillTask(TrainingTask):
     """ce_weight · CE + Σ losses(student, teacher).
 
     Feature losses see ``projectors[name](student features)`` against the teacher's penultimate features; logit losses
-    the two logits. The teacher is kept in a list so that it is no sub-module: not trained, not saved, not wrapped.
+    the two logits. The teacher is no sub-module: not trained, not saved, not wrapped.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: LiveTeacher | CachedTeacher,
         losses: dict[str, DistillLoss],
         projectors: dict[str, nn.Module],
         *,
@@ -77,7 +87,7 @@ class DistillTask(TrainingTask):
         self.losses = nn.ModuleDict(losses)
         self.projectors = nn.ModuleDict(projectors)
         self.ce_weight = ce_weight
-        self._teacher = [teacher]
+        self.teacher = teacher
         if not self.uses_logits:  # a head without a gradient would stall DistributedDataParallel
             for parameter in _classifier(student, missing_ok=True).parameters():
                 parameter.requires_grad_(False)
@@ -87,14 +97,11 @@ class DistillTask(TrainingTask):
         """Whether any term reads the student's logits."""
         return self.ce_weight > 0 or any(loss.on == "logits" for loss in self.losses.values())
 
-    def teach(self, images: Tensor) -> dict[str, Tensor]:
-        output = self._teacher[0](images)
-        targets = {}
-        if any(loss.on == "features" for loss in self.losses.values()):
-            targets["teacher_features"] = output.features
-        if any(loss.on == "logits" for loss in self.losses.values()):
-            targets["teacher_logits"] = output.logits
-        return targets
+    def begin_epoch(self) -> None:
+        self.teacher.begin_epoch()
+
+    def teach(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
+        return {f"teacher_{kind}": value for kind, value in self.teacher.targets(images, batch).items()}
 
     def forward(
         self,

@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from xdfast import distributed
+from xdfast.data import ImageLoader
 from xdfast.models import FeatureModel, create_model, save_student
 from xdfast.pipeline.config import TrainConfig
-from xdfast.pipeline.data import Images, eval_loader, train_loader
+from xdfast.pipeline.data import Images, eval_loader
 from xdfast.pipeline.evaluate import accuracy
 from xdfast.pipeline.folder import RunResult, finish, model_source
 from xdfast.pipeline.loop import train
@@ -62,23 +63,24 @@ def make_student(value: Any, config: TrainConfig, num_classes: int) -> FeatureMo
 def run_training(
     kind: str,
     task: TrainingTask,
-    student: FeatureModel,
     images: Images,
-    size: int,
+    loader: ImageLoader,
+    batch_augment: Any | None,
     config: TrainConfig,
     out: Path,
     identity: dict[str, Any],
 ) -> RunResult:
     """Trains, validates, saves the student and the summary."""
     device = distributed.device_for_rank(config.device)
-    loader, batch_augment = train_loader(config, images.train, size, student)
-    val = eval_loader(images.val, size, batch_size=config.batch_size, workers=config.workers)
+    size = loader.views.image_size
+    val = eval_loader(images.val, size, batch_size=config.batch_size, workers=config.workers, decoder=config.decoder)
 
     def validate(net: nn.Module) -> dict[str, float]:
         return accuracy(net, val, device)
 
     began = time.monotonic()
-    identity = {"images": images.fingerprint(), "view": size, **identity}
+    pixels = "gpu" if loader.decoder == "dali-gpu" else "cpu"  # Pillow and DALI on the CPU give the same
+    identity = {"images": images.fingerprint(), "view": size, "pixels": pixels, **identity}
     distributed.all_equal(identity, "the run's data and models")
     result = train(
         task,
