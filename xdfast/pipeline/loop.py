@@ -139,7 +139,7 @@ def train(
                 trained.train()
                 if state.batch == 0:
                     with autocast(config, device):
-                        task.begin_epoch()
+                        task.begin_epoch(state.epoch)
                 for micro in _groups(loader.epoch(state.epoch, state.batch), config.accumulate):
                     rate = optimizer.param_groups[0]["lr"]
                     _update(trained, task, micro, optimizer, scaler, config, device, batch_augment, state, running)

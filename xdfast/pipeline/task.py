@@ -28,7 +28,7 @@ class TrainingTask(nn.Module):
         self.student = student
         self.label_smoothing = label_smoothing
 
-    def begin_epoch(self) -> None:
+    def begin_epoch(self, epoch: int) -> None:
         """Called on every rank before the first batch of an epoch."""
 
     def teach(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -97,8 +97,8 @@ class DistillTask(TrainingTask):
         """Whether any term reads the student's logits."""
         return self.ce_weight > 0 or any(loss.on == "logits" for loss in self.losses.values())
 
-    def begin_epoch(self) -> None:
-        self.teacher.begin_epoch()
+    def begin_epoch(self, epoch: int) -> None:
+        self.teacher.begin_epoch(epoch)
 
     def teach(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
         return {f"teacher_{kind}": value for kind, value in self.teacher.targets(images, batch).items()}

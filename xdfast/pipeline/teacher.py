@@ -27,8 +27,6 @@ __all__ = ["CachedTeacher", "LiveTeacher", "cache_root", "open_store", "stores"]
 
 log = logging.getLogger("xdfast")
 
-#: Share of rows that may be missing for the rest to be computed at once, so that the teacher can go.
-_REST = 0.02
 _NAMED = 3
 
 
@@ -44,7 +42,7 @@ class LiveTeacher:
         self.net = net
         self.kinds = kinds
 
-    def begin_epoch(self) -> None:
+    def begin_epoch(self, epoch: int) -> None:
         """Called before the first batch of an epoch, on every rank."""
 
     def targets(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -101,11 +99,10 @@ class CachedTeacher:
         """Whether the teacher takes up memory."""
         return self._net is not None
 
-    def begin_epoch(self) -> None:
-        """Computes what little is missing after the views have all come once, then lets the teacher go."""
+    def begin_epoch(self, epoch: int) -> None:
+        """After K epochs computes the views that incomplete last batches left out; then lets the teacher go."""
         distributed.barrier()
-        missing = self.store.total - self.store.count
-        if 0 < missing <= _REST * self.store.total:
+        if epoch >= self.store.layout.views and not self.store.complete:
             self.fill()
         if self._net is not None and self.store.complete:
             self._net = None
@@ -235,7 +232,7 @@ def open_store(
     shape: dict[str, Any] = {"samples": len(source), "views": views, "outputs": {k: widths[k] for k in kinds}}
     folder = Path(cache).expanduser()
     if cache == "auto":
-        key = hashlib.sha256(json.dumps({**facts, **shape, "dtype": dtype}, sort_keys=True).encode()).hexdigest()[:12]
+        key = hashlib.sha256(json.dumps([facts, shape, dtype], sort_keys=True).encode()).hexdigest()[:12]
         folder = cache_root() / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', teacher.name)}-{key}"
     store = TeacherStore.open(folder, facts, dtype=dtype, **shape)
     if distributed.is_main():
