@@ -103,7 +103,8 @@ def build_cache(config: DistillConfig | None = None, **settings: Any) -> Teacher
         config.cache = "auto"
     config.validate()
     distributed.init()
-    parts = prepare(config, **{key: settings.get(key) for key in ("teacher", "student", "data", "val_data")})
+    objects = {key: settings.get(key) for key in ("teacher", "student", "data", "val_data")}
+    parts = prepare(config, monitored=False, **objects)
     teacher = parts.task.teacher
     assert isinstance(teacher, CachedTeacher)
     with autocast(config, distributed.device_for_rank(config.device)):

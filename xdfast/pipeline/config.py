@@ -138,6 +138,18 @@ class TrainConfig(_DataConfig):
     """Mixed precision of the student."""
     ema: float | None = None
     """Decay of an exponential moving average of the weights (buffers included); it becomes the result."""
+    tail: Literal["drop", "exact"] = "drop"
+    """Images left over by the last whole batch of an epoch: left out of this epoch ("drop"), or a smaller batch of their
+    own, so that every image comes exactly once per epoch for any number of processes ("exact", see docs/scale.md)."""
+    sync_batchnorm: bool = False
+    """BatchNorm statistics over all processes (GPUs only)."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: every process holds the whole student ("ddp"), or a part of each weight, gradient and optimiser
+    state ("fsdp", for students that do not fit on one GPU)."""
+    compile: bool = False
+    """torch.compile of student and teacher: minutes at the start, faster steps after."""
+    channels_last: bool = False
+    """Channels-last memory format of student and teacher: faster convolutions on GPUs with tensor cores."""
     eval_every: int = 1
     """Epochs between validations; the last epoch is always validated."""
     log_every: int = 20
@@ -163,6 +175,8 @@ class TrainConfig(_DataConfig):
             "tensorboard",
             "progress",
             "overwrite",
+            "parallel",  # these two: but for rounding, and the resume file is the same
+            "channels_last",
         }
     )
 
@@ -195,10 +209,22 @@ class TrainConfig(_DataConfig):
             raise ValueError(f"ema must be a decay between 0 and 1 such as 0.9998, got {self.ema!r}")
         if self.random_erase is not None and not 0 <= self.random_erase <= 1:
             raise ValueError(f"random_erase must be a probability, got {self.random_erase!r}")
-        for name, allowed in (("schedule", ("cosine", "step", "constant")), ("amp", ("none", "bf16", "fp16"))):
+        for name, allowed in (
+            ("schedule", ("cosine", "step", "constant")),
+            ("amp", ("none", "bf16", "fp16")),
+            ("tail", ("drop", "exact")),
+            ("parallel", ("ddp", "fsdp")),
+        ):
             if getattr(self, name) not in allowed:
                 value = getattr(self, name)
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.{nearest(value, allowed)}")
+        if self.parallel == "fsdp" and self.amp == "fp16":
+            raise ValueError("amp='fp16' cannot scale sharded gradients (parallel='fsdp'); use amp='bf16'")
+        if self.parallel == "fsdp" and self.channels_last:
+            raise ValueError(
+                "channels_last=True needs whole weights, parallel='fsdp' shards them; use parallel='ddp', or leave "
+                "channels_last out"
+            )
 
 
 @dataclass(kw_only=True)
@@ -226,6 +252,9 @@ class DistillConfig(TrainConfig):
     teacher_pretrained: bool = True
     teacher_options: dict[str, Any] = field(default_factory=dict)
     teacher_precision: Literal["float32", "bf16", "fp16"] = "float32"
+    monitor: int = 1000
+    """Where no loss trains the classifier: validation images on which agreement with the teacher (cosine, CKA) and k-NN
+    are measured, before training and every `eval_every` epochs; 0: not at all."""
     cache: str = "none"
     """Teacher's outputs on disk: "none", "auto" (under $XDFAST_CACHE or ~/.cache/xdfast, shared by runs with the same
     teacher, images and views), or a folder. The first epochs fill it while they train; then the teacher is unloaded."""
@@ -236,7 +265,7 @@ class DistillConfig(TrainConfig):
 
     def validate(self) -> None:
         super().validate()
-        self._not_negative("loss_weight", "ce_weight", "kappa", "aad_expansion")
+        self._not_negative("loss_weight", "ce_weight", "kappa", "aad_expansion", "monitor")
         self._positive("temperature", "teacher_size")
         from xdfast.losses import list_losses
 

@@ -92,6 +92,7 @@ def train_loader(
         world_size=distributed.world_size(),
         workers=config.workers,
         decoder=config.decoder,
+        exact=config.tail == "exact",
         **cached,
     )
     log.info("views by %s (%s)", loader.decoder, loader.decoder_reason)

@@ -15,8 +15,10 @@ from xdfast.losses import DistillLoss, create_loss
 from xdfast.models import FeatureModel, create_model, weights_hash
 from xdfast.nn import AAD
 from xdfast.pipeline.config import DistillConfig
-from xdfast.pipeline.data import Images, open_images, train_loader, view_size
+from xdfast.pipeline.data import Images, eval_loader, open_images, train_loader, view_size
 from xdfast.pipeline.folder import RunResult, model_source, open_folder
+from xdfast.pipeline.monitor import Monitor, sample
+from xdfast.pipeline.parallel import prepare_teacher
 from xdfast.pipeline.task import DistillTask, seed_everything
 from xdfast.pipeline.teacher import CachedTeacher, LiveTeacher, open_store
 from xdfast.pipeline.train_run import make_student, run_training, settings_of
@@ -81,8 +83,9 @@ def distill(
     parts = prepare(config, teacher=teacher, student=student, data=data, val_data=val_data)
     try:
         return run_training(
-            "distill", parts.task, parts.images, parts.loader, parts.batch_augment, config, out, parts.identity
-        )
+            "distill", parts.task, parts.images, parts.loader, parts.batch_augment, config, out, parts.identity,
+            parts.monitor,
+        )  # fmt: skip
     finally:
         parts.task.teacher.close()
 
@@ -96,16 +99,22 @@ class Prepared:
     loader: ImageLoader
     batch_augment: Any | None
     identity: dict[str, Any]
+    monitor: Monitor | None
 
 
-def prepare(config: DistillConfig, *, teacher: Any, student: Any, data: Any, val_data: Any) -> Prepared:
-    """Opens images, models and the teacher cache; arguments other than ``config`` as for :func:`distill`."""
+def prepare(
+    config: DistillConfig, *, teacher: Any, student: Any, data: Any, val_data: Any, monitored: bool = True
+) -> Prepared:
+    """Opens images, models and the teacher cache; arguments other than ``config`` as for :func:`distill`.
+
+    ``monitored=False`` leaves out the monitor, for those who will not train.
+    """
     images = open_images(config, data, val_data)
     classes = len(images.train.classes)
 
     def load_teacher() -> FeatureModel:
         seed_everything(config.seed, 3)  # a teacher without pretrained weights must be the same on every rank
-        return create_model(
+        net = create_model(
             model_source(config.teacher if teacher is None else teacher),
             pretrained=config.teacher_pretrained,
             image_size=config.teacher_size,
@@ -114,6 +123,7 @@ def prepare(config: DistillConfig, *, teacher: Any, student: Any, data: Any, val
             device=distributed.device_for_rank(config.device),
             options=config.teacher_options,
         )
+        return prepare_teacher(net, config)
 
     teacher_net = load_teacher()
     student_net = make_student(config.student if student is None else student, config, classes)
@@ -121,6 +131,18 @@ def prepare(config: DistillConfig, *, teacher: Any, student: Any, data: Any, val
     size = view_size(config, images.train, [student_net, teacher_net])
     loader, batch_augment = train_loader(config, images.train, size, student_net)
     identity = {"teacher": weights_hash(teacher_net)}
+    monitor = None
+    if monitored and config.monitor and not task.uses_logits:
+        device = distributed.device_for_rank(config.device)
+        task.to(device)
+        val, train = (
+            eval_loader(
+                sample(source, config.monitor), size, batch_size=config.batch_size, workers=config.workers,
+                decoder=config.decoder, sharded=False,
+            )
+            for source in (images.val, images.train)
+        )  # fmt: skip
+        monitor = Monitor(val, train, task.projectors, teacher_net, device)
     if config.cache != "none":
         kinds = task.teacher.kinds
         store = open_store(
@@ -129,7 +151,7 @@ def prepare(config: DistillConfig, *, teacher: Any, student: Any, data: Any, val
         )  # fmt: skip
         first = None if store.complete else teacher_net
         task.teacher = CachedTeacher(store, load_teacher, loader, kinds, net=first, progress=config.progress)
-    return Prepared(task, images, loader, batch_augment, identity)
+    return Prepared(task, images, loader, batch_augment, identity, monitor)
 
 
 def build_task(config: DistillConfig, student: FeatureModel, teacher: FeatureModel, classes: int) -> DistillTask:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xdfast import distributed
+from xdfast.losses import create_loss
 from xdfast.models import FeatureModel, create_model
 from xdfast.models.checkpoint import atomic_write
 from xdfast.pipeline.config import EvaluateConfig
@@ -176,7 +177,10 @@ def evaluate(
     val = loader(images.val, net.image_size)
     features, logits, labels, ids = extract(net, val, device, title=f"{name}: validation", progress=config.progress)
     result = EvaluateResult(name, None, {}, list(images.val.classes))
-    if logits is not None and logits.shape[1] == len(images.val.classes):
+    untrained = run is not None and not trains_classifier(run.config)
+    if untrained:
+        log.info("nothing has trained the classifier of %s yet: top-1 is left out", name)
+    if logits is not None and logits.shape[1] == len(images.val.classes) and not untrained:
         _classification(result, logits, labels)
     skipped = dict(val.bad)
 
@@ -205,6 +209,14 @@ def evaluate(
     if out is not None and distributed.is_main():
         _write(result, out)
     return result
+
+
+def trains_classifier(config: dict[str, Any]) -> bool:
+    """Whether a run with these settings trains the student's classifier: with labels, or by a loss on logits."""
+    if config.get("loss") is None:
+        return True
+    on_logits = any(create_loss(name).on == "logits" for name in str(config["loss"]).split("+"))
+    return bool(config.get("ce_weight", 1.0) > 0 or on_logits)
 
 
 def _as_run(model: Any) -> RunResult | None:

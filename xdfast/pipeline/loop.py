@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from xdfast import distributed
+from xdfast.data import Batch
 from xdfast.models.checkpoint import load_resume, save_resume
 from xdfast.pipeline.config import TrainConfig
 from xdfast.pipeline.journal import Journal, ProgressLine
 from xdfast.pipeline.optim import build_optimizer, build_schedule
+from xdfast.pipeline.parallel import Parallel
 from xdfast.pipeline.task import TrainingTask, seed_everything
 
 __all__ = ["LoopResult", "autocast", "train"]
@@ -63,6 +65,7 @@ def train(
     *,
     device: torch.device,
     validate: Callable[[nn.Module], dict[str, float]],
+    validate_first: bool = False,
     batch_augment: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None,
     identity: dict[str, Any] | None = None,
     title: str = "train",
@@ -76,6 +79,7 @@ def train(
         out: folder for ``resume.pt`` and ``metrics.jsonl``.
         device: where to train.
         validate: student → metrics; called every ``eval_every`` epochs.
+        validate_first: and before the first step, as epoch -1.
         batch_augment: mixup and the like, a function of (images, labels, seed).
         identity: facts that must be equal when a run is continued (data fingerprint, teacher hash, world size).
         title: of the progress bar.
@@ -85,36 +89,32 @@ def train(
             belongs to other data, another teacher or another number of processes.
     """
     identity = {**(identity or {}), "world_size": distributed.world_size()}
-    task.to(device)
+    model = Parallel(task, config, device)
     optimizer = build_optimizer(task, config)
     groups = math.ceil(loader.batches_per_epoch / config.accumulate)  # updates per epoch
     schedule = build_schedule(optimizer, config, groups)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    ema = _make_ema(task.student, config)
     state = _State()
 
     resume_path = out / RESUME_FILE
     if resume_path.is_file():
         saved = load_resume(resume_path)
         _check_identity(saved["identity"], identity, resume_path)
-        task.load_state_dict(saved["task"])
-        optimizer.load_state_dict(saved["optimizer"])
+        model.load(saved, optimizer)
         scaler.load_state_dict(saved["scaler"])
-        if ema is not None:
-            ema.module.load_state_dict(saved["ema"])
         loader.bad.update(saved["bad"])
         state = _State(**saved["state"])
         log.info("continuing %s at epoch %d, batch %d, step %d", out, state.epoch, state.batch, state.step)
 
     journal = Journal(out, offset=state.journal_offset, tensorboard=config.tensorboard, enabled=distributed.is_main())
     line = ProgressLine(title, groups * config.epochs, state.step, enabled=config.progress and distributed.is_main())
-    trained = _wrap(task, device)
     session = _Session(state.seconds, config.checkpoint_seconds)
 
     def save() -> None:
-        _check_weights(task, state, out)
+        _check_weights(model, state, out)
         state.seconds, state.running = session.seconds, running.state()
         state.journal_offset = journal.offset
+        tensors = model.state(optimizer)
         if distributed.is_main():
             save_resume(
                 resume_path,
@@ -122,10 +122,8 @@ def train(
                     "identity": identity,
                     "config": config.to_dict(),
                     "state": vars(state).copy(),
-                    "task": task.state_dict(),
-                    "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(),
-                    "ema": ema.module.state_dict() if ema is not None else None,
+                    **tensors,
                     "bad": dict(loader.bad),
                 },
             )
@@ -135,19 +133,24 @@ def train(
     running = _RunningTerms(state.running)
     with session.catch_termination():
         try:
+            if validate_first and state.step == 0:
+                journal.write(
+                    {"kind": "val", "epoch": -1, "step": 0, **validate(task.student), "time": session.seconds}
+                )
             while state.epoch < config.epochs:
-                trained.train()
+                model.trained.train()
                 if state.batch == 0:
                     with autocast(config, device):
                         task.begin_epoch(state.epoch)
                 for micro in _groups(loader.epoch(state.epoch, state.batch), config.accumulate):
                     rate = optimizer.param_groups[0]["lr"]
-                    _update(trained, task, micro, optimizer, scaler, config, device, batch_augment, state, running)
-                    if ema is not None:
-                        ema.update(task.student)
+                    rows = [loader.rows(state.batch + index) for index in range(len(micro))]
+                    _update(model, micro, rows, optimizer, scaler, config, device, batch_augment, state, running)
+                    if model.ema is not None:
+                        model.ema.update(task.student)
                     state.step += 1
                     state.batch += len(micro)
-                    session.count(sum(len(b.ids) for b in micro))
+                    session.count(sum(rows))
                     if schedule is not None:
                         schedule.step_update(state.step)
                     last = state.batch >= loader.batches_per_epoch
@@ -172,8 +175,8 @@ def train(
                         session.stop_if_asked(out)
                 state.epoch, state.batch = state.epoch + 1, 0
                 if state.epoch % config.eval_every == 0 or state.epoch == config.epochs:
-                    keep = ema.module if ema is not None else task.student
-                    state.metrics = validate(keep)
+                    model.share_buffers()
+                    state.metrics = validate(model.kept)
                     journal.write(
                         {
                             "kind": "val",
@@ -189,14 +192,13 @@ def train(
         finally:
             journal.close()
             line.close()
-    module = ema.module if ema is not None else task.student
-    return LoopResult(module, state.metrics, session.seconds, state.step)
+    return LoopResult(model.result(), state.metrics, session.seconds, state.step)
 
 
 def _update(
-    trained: nn.Module,
-    task: TrainingTask,
+    model: Parallel,
     micro: list[Any],
+    rows: list[int],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     config: TrainConfig,
@@ -205,53 +207,55 @@ def _update(
     state: _State,
     running: _RunningTerms,
 ) -> None:
-    """One optimiser step over the micro-batches, each weighted by its share of the images."""
+    """One optimiser step over the micro-batches.
+
+    Ranks average their gradients. Each loss is weighted by n · W / N, with n rows here, W ranks and N = Σ ``rows`` on all
+    ranks in all micro-batches, so the average is the gradient of the mean over the N rows, however they are spread.
+    """
     optimizer.zero_grad(set_to_none=True)
-    total = sum(len(batch.ids) for batch in micro)
+    total = sum(rows)
     for index, batch in enumerate(micro):
-        images = batch.images.to(device, non_blocking=True).float().div_(255)
-        targets = batch.labels.to(device, non_blocking=True)
         number = state.batch + index
         seed_everything(config.seed, state.epoch, number, distributed.rank())
-        if batch_augment is not None:
-            images, targets = batch_augment(images, targets, torch.initial_seed())
         last = index == len(micro) - 1
-        hold: Any = contextlib.nullcontext()
-        if not last and isinstance(trained, nn.parallel.DistributedDataParallel):
-            hold = trained.no_sync()
+        share = len(batch.ids) * distributed.world_size() / total
+        hold = model.accumulating(last)
         with hold, autocast(config, device):
-            terms = trained(images, targets, **task.teach(images, batch))
-            share = len(batch.ids) / total
+            terms = _terms(model, batch, device, batch_augment)
             loss = terms["loss"] * share
         with hold if not last else contextlib.nullcontext():
             scaler.scale(loss).backward()
         running.add(terms, share)
     if config.clip_grad is not None:
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(task.parameters(), config.clip_grad)
+        model.clip(config.clip_grad)
     scaler.step(optimizer)
     scaler.update()
+
+
+def _terms(
+    model: Parallel,
+    batch: Batch,
+    device: torch.device,
+    batch_augment: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None,
+) -> dict[str, Tensor]:
+    images = batch.images.to(device, non_blocking=True).float().div_(255)
+    if not len(batch.ids):
+        # No rows on this rank: eval mode leaves the BatchNorm statistics alone, and no loss ever sees these pixels.
+        model.trained.eval()
+        terms = model.trained(images.new_zeros((2, *images.shape[1:])), None)
+        model.trained.train()
+        return terms
+    targets = batch.labels.to(device, non_blocking=True)
+    if batch_augment is not None:
+        images, targets = batch_augment(images, targets, torch.initial_seed())
+    return model.trained(images, targets, **model.task.teach(images, batch))
 
 
 def autocast(config: TrainConfig, device: torch.device) -> Any:
     """The mixed precision of a run, as a context."""
     dtype = torch.bfloat16 if config.amp == "bf16" else torch.float16
     return torch.autocast(device.type, dtype=dtype, enabled=config.amp != "none")
-
-
-def _make_ema(student: nn.Module, config: TrainConfig) -> Any | None:
-    if config.ema is None:
-        return None
-    from timm.utils import ModelEmaV3
-
-    return ModelEmaV3(student, decay=config.ema)  # averages buffers too: BatchNorm statistics belong to the weights
-
-
-def _wrap(task: TrainingTask, device: torch.device) -> nn.Module:
-    if distributed.world_size() == 1:
-        return task
-    ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(task, device_ids=ids)
 
 
 def _groups(batches: Any, size: int) -> Iterator[list[Any]]:
@@ -297,14 +301,14 @@ def _check_finite(row: dict[str, float], state: _State, rate: float, out: Path) 
         )
 
 
-def _check_weights(task: TrainingTask, state: _State, out: Path) -> None:
+def _check_weights(model: Parallel, state: _State, out: Path) -> None:
     """A state that cannot be continued must not replace one that can."""
-    for name, value in task.state_dict().items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise RuntimeError(
-                f"the weights are not finite after step {state.step} (first: {name}). Lower lr, set clip_grad, or "
-                f"amp='none'; the last good state is in {out / RESUME_FILE}"
-            )
+    name = model.first_not_finite()
+    if name is not None:
+        raise RuntimeError(
+            f"the weights are not finite after step {state.step} (first: {name}). Lower lr, set clip_grad, or "
+            f"amp='none'; the last good state is in {out / RESUME_FILE}"
+        )
 
 
 def _check_identity(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
@@ -332,7 +336,7 @@ class _Session:
         return self._before + time.monotonic() - self._began
 
     def count(self, images: int) -> None:
-        self._images += images * distributed.world_size()
+        self._images += images
 
     def images_per_second(self) -> float:
         return self._images / max(time.monotonic() - self._began, 1e-9)

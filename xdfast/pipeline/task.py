@@ -21,7 +21,12 @@ __all__ = ["DistillTask", "SupervisedTask", "TrainingTask"]
 
 
 class TrainingTask(nn.Module):
-    """Base: holds the student; ``forward`` returns ``{"loss": scalar with gradient, name: detached term, …}``."""
+    """Base: holds the student; ``forward`` returns ``{"loss": scalar with gradient, name: detached term, …}``.
+
+    A rank that has no rows in a step still has to take part in the exchange of gradients. It calls ``forward`` with
+    ``targets=None`` and any images, in eval mode (BatchNorm statistics are not touched), and gets a loss of zero that
+    depends on every trainable weight.
+    """
 
     def __init__(self, student: nn.Module, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -61,7 +66,9 @@ class SupervisedTask(TrainingTask):
             self.student.eval()
         return self
 
-    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
+        if targets is None:
+            return _nothing(self.student(images).logits)
         loss = self._cross_entropy(self.student(images).logits, targets)
         return {"loss": loss, "ce": loss.detach()}
 
@@ -106,11 +113,14 @@ class DistillTask(TrainingTask):
     def forward(
         self,
         images: Tensor,  # [B, 3, S, S]
-        targets: Tensor,  # [B] or [B, C]
+        targets: Tensor | None,  # [B] or [B, C]; None: no rows here
         teacher_features: Tensor | None = None,  # [B, D]
         teacher_logits: Tensor | None = None,  # [B, C]
     ) -> dict[str, Tensor]:
         output = self.student(images)
+        if targets is None:
+            projected = [projector(output.features) for projector in self.projectors.values()]
+            return _nothing(*projected, *([output.logits] if self.uses_logits else []))
         total: Any = 0.0
         terms: dict[str, Tensor] = {}
         if self.ce_weight > 0:
@@ -128,6 +138,10 @@ class DistillTask(TrainingTask):
             terms[name] = value.detach()
             total = total + value
         return {"loss": total, **terms}
+
+
+def _nothing(*outputs: Tensor) -> dict[str, Tensor]:
+    return {"loss": torch.stack([(output.float() * 0).sum() for output in outputs]).sum()}
 
 
 def _classifier(student: nn.Module, missing_ok: bool = False) -> nn.Module:

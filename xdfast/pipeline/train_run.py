@@ -17,6 +17,8 @@ from xdfast.pipeline.data import Images, eval_loader
 from xdfast.pipeline.evaluate import accuracy
 from xdfast.pipeline.folder import RunResult, finish, model_source
 from xdfast.pipeline.loop import train
+from xdfast.pipeline.monitor import Monitor
+from xdfast.pipeline.parallel import check_layout
 from xdfast.pipeline.task import TrainingTask, seed_everything
 
 __all__ = ["as_spec", "make_student", "run_training", "settings_of"]
@@ -69,17 +71,19 @@ def run_training(
     config: TrainConfig,
     out: Path,
     identity: dict[str, Any],
+    monitor: Monitor | None = None,
 ) -> RunResult:
-    """Trains, validates, saves the student and the summary."""
+    """Trains, validates, saves the student and the summary; ``monitor`` validates where nothing trains the classifier."""
     device = distributed.device_for_rank(config.device)
     size = loader.views.image_size
     val = eval_loader(images.val, size, batch_size=config.batch_size, workers=config.workers, decoder=config.decoder)
 
     def validate(net: nn.Module) -> dict[str, float]:
-        return accuracy(net, val, device)
+        return accuracy(net, val, device) if monitor is None else monitor(net)
 
     began = time.monotonic()
     pixels = "gpu" if loader.decoder == "dali-gpu" else "cpu"  # Pillow and DALI on the CPU give the same
+    check_layout(config, device, loader.rows(loader.batches_per_epoch - 1))
     identity = {"images": images.fingerprint(), "view": size, "pixels": pixels, **identity}
     distributed.all_equal(identity, "the run's data and models")
     result = train(
@@ -89,6 +93,7 @@ def run_training(
         out,
         device=device,
         validate=validate,
+        validate_first=monitor is not None,
         batch_augment=batch_augment,
         identity=identity,
         title=out.name,
@@ -101,7 +106,7 @@ def run_training(
             classes=list(images.train.classes),
             extra={"kind": kind, "config": config.to_dict(), "metrics": result.metrics},
         )
-    images_seen = result.step * config.accumulate * config.batch_size * distributed.world_size()
+    images_seen = config.epochs * sum(map(loader.rows, range(loader.batches_per_epoch)))
     metrics = {
         **result.metrics,
         "seconds": result.seconds,

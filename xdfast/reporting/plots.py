@@ -25,11 +25,18 @@ def styles(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
 
 
 def curves(groups: Sequence[Group]) -> Picture | None:
-    """Training loss and validation top-1 by epoch: mean over seeds, band from the lowest to the highest run.
+    """Training loss and validation figures by epoch: mean over seeds, band from the lowest to the highest run.
+
+    Epoch 0 is the student before its first step.
 
     None if no run has a history.
     """
-    panels = [("train", "loss", "training loss", 1.0), ("val", "top1", "validation top-1, %", 100.0)]
+    panels = [
+        ("train", "loss", "training loss", 1.0),
+        ("val", "top1", "validation top-1, %", 100.0),
+        ("val", "knn", "k-NN accuracy without labels, %", 100.0),
+        ("val", "agreement", "cosine to the teacher", 1.0),
+    ]
     drawn = [
         (kind, key, title, scale)
         for kind, key, title, scale in panels
