@@ -11,6 +11,7 @@ import torch.distributed as dist
 __all__ = [
     "all_equal",
     "barrier",
+    "broadcast",
     "device_for_rank",
     "init",
     "is_main",
@@ -53,6 +54,13 @@ def barrier() -> None:
     """Waits for all ranks; does nothing in a single process."""
     if _active():
         dist.barrier()
+
+
+def broadcast(tensors: list[torch.Tensor]) -> None:
+    """Gives every rank the values of rank 0, in place; does nothing in a single process."""
+    if _active():
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)
 
 
 def device_for_rank(device: str) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,9 +37,15 @@ class EpochPlan:
     """Batches of every epoch, for one rank.
 
     Batch ``b`` of all ranks together is a contiguous piece of the epoch's order, dealt to the ranks like cards. Every rank
-    gets the same number of batches. In training the last, incomplete batch is dropped (``drop_last``) or filled up to equal
-    parts from the start of the order; in evaluation every image comes once and shorter parts are filled with
-    :data:`PADDING`.
+    gets the same number of batches. In training the last, incomplete batch is dropped (``drop_last``), filled up to equal
+    parts from the start of the order, or, with ``exact``, dealt as it is; in evaluation every image comes once and shorter
+    parts are filled with :data:`PADDING`.
+
+    ``exact``: every image once per epoch. Batch statistics (BatchNorm, RSD) need two rows, so of a last batch of r rows the
+    first min(W, r // 2) ranks get two or more each and the others none (with ``batch_size=1`` the first r ranks get one
+    each); and a last batch of a single row is joined to the batch before it. A rank's batch is then longer than
+    ``batch_size`` by at most one (:attr:`max_rows`). Which images a batch of all ranks holds depends on
+    ``batch_size · world_size`` alone.
 
     Args:
         count: N, images in the source.
@@ -50,9 +57,14 @@ class EpochPlan:
         drop_last: leaves out the incomplete batch; default: in training.
         views: K, fixed views of each image, taken in turns over the epochs, not all images the same one; None: a new view in
             every epoch.
+        exact: in training, every image exactly once per epoch; takes the place of ``drop_last``.
+
+    Attributes:
+        batches_per_epoch: the same on every rank.
+        max_rows: of the largest batch of any rank.
 
     Raises:
-        ValueError: fewer images than processes in training, or a value out of range.
+        ValueError: fewer images than processes in training (``exact``: fewer than two), or a value out of range.
     """
 
     def __init__(
@@ -65,6 +77,7 @@ class EpochPlan:
         world_size: int,
         drop_last: bool | None,
         views: int | None = None,
+        exact: bool = False,
     ) -> None:
         for name, value in (
             ("batch_size", batch_size),
@@ -77,11 +90,14 @@ class EpochPlan:
             raise ValueError(f"rank must be in [0, {world_size}), got {rank!r}")
         if count < 1:
             raise ValueError("the source has no images")
-        if train and count < world_size:
+        exact = exact and train
+        if exact and count < 2:
+            raise ValueError("one training image makes no batch for exact tails; give at least 2")
+        if train and not exact and count < world_size:
             raise ValueError(
                 f"{count} training images cannot be shared by {world_size} processes; use at most {count} processes"
             )
-        drop_last = train if drop_last is None else drop_last
+        drop_last = not exact and (train if drop_last is None else drop_last)
         if drop_last and count < batch_size * world_size:
             shrunk = max(1, count // world_size)
             log.info(
@@ -94,8 +110,13 @@ class EpochPlan:
             batch_size = shrunk
         self.count, self.batch_size, self.train, self.seed = count, batch_size, train, seed
         self.rank, self.world_size, self.views = rank, world_size, views
+        self.exact = exact
         whole = batch_size * world_size
         self.batches_per_epoch = max(1, count // whole) if drop_last else -(-count // whole)
+        # A single row left over has no batch of its own: it joins the one before.
+        self._joined = exact and count % whole == 1 and count > whole
+        self.batches_per_epoch -= self._joined
+        self.max_rows = batch_size + exact
 
     def order(self, epoch: int) -> np.ndarray:
         """int64 ``[N]``: the order of an epoch, the same on every rank."""
@@ -105,17 +126,33 @@ class EpochPlan:
         return np.argsort(hash64(self.seed, _ORDER, epoch, ids), kind="stable")
 
     def batches(self, epoch: int, start: int) -> Iterator[BatchPlan]:
-        """The batches of an epoch from number ``start`` on."""
+        """The batches of an epoch from number ``start`` on; with ``exact`` the last one may be empty on this rank."""
         order = self.order(epoch)
-        whole = self.batch_size * self.world_size
         for number in range(start, self.batches_per_epoch):
-            piece = order[number * whole : (number + 1) * whole]
-            missing = -len(piece) % self.world_size
+            piece = self._piece(order, number)
+            sharing = self._sharing(len(piece))
+            missing = 0 if self.exact else -len(piece) % self.world_size
             if missing:
                 filler = order[:missing] if self.train else np.full(missing, PADDING, dtype=np.int64)
                 piece = np.concatenate((piece, filler))
-            ids = piece[self.rank :: self.world_size]
+            ids = piece[self.rank :: sharing] if self.rank < sharing else piece[:0]
             yield BatchPlan(ids, self.view_of(epoch, ids))
+
+    def rows(self, number: int) -> int:
+        """Rows of batch ``number`` on all ranks together; filling counts."""
+        rows = len(self._piece(range(self.count), number))
+        return rows if self.exact else rows + -rows % self.world_size
+
+    def _piece(self, order: Any, number: int) -> Any:
+        whole = self.batch_size * self.world_size
+        last = self._joined and number == self.batches_per_epoch - 1
+        return order[number * whole : None if last else (number + 1) * whole]
+
+    def _sharing(self, rows: int) -> int:
+        """How many ranks, from the first on, get something of a batch."""
+        if not self.exact:
+            return self.world_size
+        return min(self.world_size, rows // min(2, self.batch_size))
 
     def view_of(self, epoch: int, ids: np.ndarray) -> np.ndarray:
         """int64 ``[B]``: which view of each sample an epoch shows; over K epochs every one of K once."""

@@ -15,7 +15,7 @@ from xdfast.data.batches import BatchPlan, EpochPlan
 from xdfast.data.dali_reader import DaliReader
 from xdfast.data.decoder import Decoder, choose_decoder
 from xdfast.data.prefetch import prefetched
-from xdfast.data.reader import Batch, BatchReader
+from xdfast.data.reader import Batch, BatchReader, make_batch
 from xdfast.data.sources import ImageSource
 from xdfast.data.views import Augment, Views
 from xdfast.data.worker_death import is_death, obituary, report_when_waiting
@@ -51,6 +51,8 @@ class ImageLoader:
         workers: processes that read; ``"auto"``: none where small images are in memory, else one per core and
             rank of this machine, at most 8. Under DALI threads, as many for reading as for decoding.
         drop_last: leave out an incomplete last batch; default: in training.
+        exact: in training, every image exactly once per epoch: the last batch is smaller, on some ranks perhaps empty, see
+            :class:`EpochPlan`. Takes the place of ``drop_last``.
         max_bad: unreadable images to put up with; default: a tenth of them all, at least 10; never all.
         decoder: ``"pillow"``, ``"dali"``, ``"dali-gpu"`` (decodes on the current GPU; batches come as CUDA tensors), or
             ``"auto"``, see :func:`choose_decoder`. Ids, labels and crops are the same with each; pixels to the rounding of
@@ -86,6 +88,7 @@ class ImageLoader:
         fixed_views: int | None = None,
         digests: bool = False,
         view_seed: int | None = None,
+        exact: bool = False,
     ) -> None:
         if workers != "auto" and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 0):
             raise ValueError(f"workers must be 'auto' or an integer ≥ 0, got {workers!r}")
@@ -94,7 +97,7 @@ class ImageLoader:
         self.max_bad = max(10, len(source) // 10) if max_bad is None else max_bad
         views = Views(augment or Augment(), image_size, train, seed if view_seed is None else view_seed)
         self.views = views
-        self._plan = EpochPlan(len(source), batch_size, train, seed, rank, world_size, drop_last, fixed_views)
+        self._plan = EpochPlan(len(source), batch_size, train, seed, rank, world_size, drop_last, fixed_views, exact)
         self.batches_per_epoch = self._plan.batches_per_epoch
         self.batch_size = self._plan.batch_size
         self.decoder, self.decoder_reason = choose_decoder(decoder, source, views)
@@ -126,6 +129,10 @@ class ImageLoader:
             raise ValueError(f"start must be in [0, {self.batches_per_epoch}], the batches of an epoch, got {start!r}")
         return self._batches(self._plan.batches(epoch, start), start, f"epoch {epoch}")
 
+    def rows(self, number: int) -> int:
+        """Rows of batch ``number`` of an epoch on all ranks together."""
+        return self._plan.rows(number)
+
     def read(self, plans: Sequence[BatchPlan]) -> Iterator[Batch]:
         """Batches of chosen samples and views, such as those a teacher cache lacks; as :meth:`epoch` otherwise."""
         return self._batches(iter(plans), 0, "those asked for")
@@ -138,13 +145,20 @@ class ImageLoader:
     def _batches(self, plans: Iterator[BatchPlan], start: int, of: str) -> Iterator[Batch]:
         self._turn += 1
         turn = self._turn
-        for batch in self._engine.batches(plans, start, of):
+        empty: list[BatchPlan] = []  # of exact tails: only the last of an epoch, and nothing that a reader could read
+        for batch in self._engine.batches(_with_rows(plans, empty), start, of):
             self._note(batch.bad)
             yield batch
             if turn != self._turn and self._engine.exclusive:
                 raise RuntimeError(
                     "this loader was closed, or another epoch() begun, before this one ended; use a second ImageLoader"
                 )
+        for plan in empty:
+            size = self.views.image_size
+            nothing = np.zeros(0, np.int64)
+            yield make_batch(
+                torch.zeros((0, 3, size, size), dtype=torch.uint8), nothing, plan, nothing, nothing > 0, nothing, {}
+            )
 
     def _note(self, bad: dict[str, str]) -> None:
         for path, reason in bad.items():
@@ -215,7 +229,7 @@ class _Threaded:
         self, plan: EpochPlan, source: ImageSource, views: Views, workers: int, decoder: str, digests: bool
     ) -> None:
         device = torch.cuda.current_device() if decoder == "dali-gpu" else None
-        self._reader = DaliReader(source, views, plan.batch_size, max(1, workers), device, digests)
+        self._reader = DaliReader(source, views, plan.max_rows, max(1, workers), device, digests)
         self._open: Any = None
 
     def batches(self, plans: Iterator[BatchPlan], start: int, of: str) -> Iterator[Batch]:
@@ -260,6 +274,14 @@ def choose_workers(source: ImageSource, views: Views, world_size: int) -> int:
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return int(np.clip(cores // min(ranks_here, world_size), 1, _MAX_WORKERS))
+
+
+def _with_rows(plans: Iterator[BatchPlan], empty: list[BatchPlan]) -> Iterator[BatchPlan]:
+    for plan in plans:
+        if len(plan.ids):
+            yield plan
+        else:
+            empty.append(plan)
 
 
 def _unchanged(item: Any) -> Any:

@@ -219,11 +219,10 @@ def _update(
         seed_everything(config.seed, state.epoch, number, distributed.rank())
         last = index == len(micro) - 1
         share = len(batch.ids) * distributed.world_size() / total
-        hold = model.accumulating(last)
-        with hold, autocast(config, device):
-            terms = _terms(model, batch, device, batch_augment)
-            loss = terms["loss"] * share
-        with hold if not last else contextlib.nullcontext():
+        with model.accumulating(last):
+            with autocast(config, device):
+                terms = _terms(model, batch, device, batch_augment)
+                loss = terms["loss"] * share
             scaler.scale(loss).backward()
         running.add(terms, share)
     if config.clip_grad is not None:
