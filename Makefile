@@ -20,13 +20,14 @@ STAMP := $(VENV)/.xdfast-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml setup.py $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \))
 
-.PHONY: help install demo test test-slow test-gpu bench bench-gpu figures lint format build clean
+.PHONY: help install demo test test-slow test-gpu bench bench-data bench-gpu figures lint format build clean
 
 help:
 	@echo "make demo        train a small student from a teacher on real images, write a report (about 4 minutes on 2 cores)"
 	@echo "                 your own: make demo DATA=/path/to/imagefolder TEACHER=vit_small_patch14_dinov2 STUDENT=resnet18"
 	@echo "make test        the tests (make test-slow, make test-gpu: the rest of them)"
 	@echo "make bench       benchmarks; writes bench/results/cpu (make bench-gpu: GPU tests and benchmarks)"
+	@echo "make bench-data  the image loader; writes bench/results/cpu/data.json (XDFAST_BENCH_IMAGES=folder: with your images)"
 	@echo "make figures     the README's table from bench/results"
 	@echo "make lint        ruff, import rules, types          make format   let ruff rewrite"
 	@echo "make build       wheel and source archive in dist/"
@@ -74,11 +75,15 @@ test-gpu: $(STAMP)
 # temporaries, and as processes start by default.
 bench: $(STAMP)
 	@mkdir -p bench/results/cpu
-	@KINETO_LOG_LEVEL=99 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 "$(BIN)/pytest" bench \
+	@KINETO_LOG_LEVEL=99 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 "$(BIN)/pytest" bench/bench_rsd.py \
 	  -m "not gpu" --benchmark-only --benchmark-json=bench/results/cpu/rsd.json $(ARGS)
-	@KINETO_LOG_LEVEL=99 "$(BIN)/pytest" bench \
+	@KINETO_LOG_LEVEL=99 "$(BIN)/pytest" bench/bench_rsd.py \
 	  -m "not gpu" --benchmark-only --benchmark-json=bench/results/cpu/rsd_default_malloc.json $(ARGS)
 	@$(MAKE) figures
+
+bench-data: $(STAMP)
+	@mkdir -p bench/results/cpu
+	@"$(BIN)/pytest" bench/bench_data.py --benchmark-only --benchmark-json=bench/results/cpu/data.json $(ARGS)
 
 bench-gpu: $(STAMP)
 	@PYTHON="$(BIN)/python" bash bench/gpu.sh
