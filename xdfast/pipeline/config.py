@@ -142,14 +142,14 @@ class TrainConfig(_DataConfig):
     """Images left over by the last whole batch of an epoch: left out of this epoch ("drop"), or a smaller batch of their
     own, so that every image comes exactly once per epoch for any number of processes ("exact", see docs/scale.md)."""
     sync_batchnorm: bool = False
-    """BatchNorm statistics over all processes (GPUs only)."""
+    """BatchNorm statistics over all processes instead of each its own (GPUs only; no effect in one process)."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: every process holds the whole student ("ddp"), or a part of each weight, gradient and optimiser
     state ("fsdp", for students that do not fit on one GPU)."""
     compile: bool = False
-    """torch.compile of student and teacher: minutes at the start, faster steps after."""
+    """torch.compile of student and teacher, of the student's blocks one by one under fsdp; it takes minutes at the start."""
     channels_last: bool = False
-    """Channels-last memory format of student and teacher: faster convolutions on GPUs with tensor cores."""
+    """Weights of student and teacher in channels-last memory format, as images are; meant for convolutions on GPUs."""
     eval_every: int = 1
     """Epochs between validations; the last epoch is always validated."""
     log_every: int = 20
@@ -220,6 +220,11 @@ class TrainConfig(_DataConfig):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.{nearest(value, allowed)}")
         if self.parallel == "fsdp" and self.amp == "fp16":
             raise ValueError("amp='fp16' cannot scale sharded gradients (parallel='fsdp'); use amp='bf16'")
+        if self.parallel == "fsdp" and self.optimizer.lower().startswith(("apex-", "fused", "adafactor")):
+            raise ValueError(
+                f"optimizer={self.optimizer!r} cannot step on sharded weights (parallel='fsdp'); use parallel='ddp', or an "
+                "optimizer such as adamw, lamb or sgd"
+            )
         if self.parallel == "fsdp" and self.channels_last:
             raise ValueError(
                 "channels_last=True needs whole weights, parallel='fsdp' shards them; use parallel='ddp', or leave "

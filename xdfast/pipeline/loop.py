@@ -38,9 +38,11 @@ RESUME_FILE = "resume.pt"
 
 @dataclass
 class LoopResult:
-    """What the loop hands back: the module to keep, final validation metrics, seconds trained over all sessions."""
+    """What the loop hands back: the module to keep, weights of the task's projectors (all of them whole, on every rank),
+    final validation metrics, seconds trained over all sessions."""
 
     module: Any
+    projectors: dict[str, Tensor]
     metrics: dict[str, float]
     seconds: float
     step: int
@@ -192,7 +194,7 @@ def train(
         finally:
             journal.close()
             line.close()
-    return LoopResult(model.result(), state.metrics, session.seconds, state.step)
+    return LoopResult(model.result(), model.projectors(), state.metrics, session.seconds, state.step)
 
 
 def _update(

@@ -41,7 +41,9 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optim
         raise ValueError(f"unknown optimizer {config.optimizer!r}.{hint} `timm.optim.list_optimizers()` has all")
     kwargs: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
     if name in _FUSED:
-        kwargs.update(fused=True, foreach=False)
+        # torch has no fused SGD for sharded weights (FSDP)
+        fused = "adam" in name or not any(hasattr(p, "device_mesh") for p in module.parameters())
+        kwargs.update(fused=fused, foreach=not fused)
     return create_optimizer_v2(module, opt=name, **kwargs)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from xdfast import distributed
+from xdfast.models import ModelOutput
 from xdfast.pipeline.config import TrainConfig
 from xdfast.pipeline.task import TrainingTask
 
@@ -26,6 +27,9 @@ log = logging.getLogger("xdfast")
 
 #: Containers of timm models whose children are large enough to be sharded, and compiled, one by one.
 _BLOCKS = re.compile(r"(^|\.)(blocks|layers|layer\d+)$")
+
+#: Entries of an optimiser's groups that choose its kernel.
+_KERNELS = ("fused", "foreach")
 
 
 def check_layout(config: TrainConfig, device: torch.device, last_rows: int) -> None:
@@ -85,7 +89,7 @@ class Parallel:
         sharded = config.parallel == "fsdp" and world > 1
         if config.parallel == "fsdp" and not sharded:
             log.info("parallel='fsdp' has no effect in a single process; start it with torchrun")
-        self._whole = copy.deepcopy(task.student) if sharded else None  # to hold the result
+        self._whole = copy.deepcopy(task.student).cpu() if sharded else None  # to hold the result
         task.to(device)
         if config.channels_last:
             task.to(memory_format=torch.channels_last)
@@ -93,7 +97,7 @@ class Parallel:
             from timm.layers import convert_sync_batchnorm  # knows timm's norms with an activation; torch's drops it
 
             convert_sync_batchnorm(task)
-        self.ema = _make_ema(task.student, config)
+        self.ema = _make_ema(task.student, config, foreach=not sharded)
         self._shards: list[Any] = []
         self.trained: nn.Module = task
         if sharded:
@@ -134,6 +138,11 @@ class Parallel:
         self._whole.load_state_dict(_gather(self.kept.state_dict()))
         return self._whole.eval()
 
+    def projectors(self) -> dict[str, Tensor]:
+        """Weights of the projectors, whole, on every rank; none where the task has none."""
+        projectors = getattr(self.task, "projectors", None)
+        return {} if projectors is None else _gather(projectors.state_dict())
+
     def first_not_finite(self) -> str | None:
         """Name of a weight that is not finite on some rank; every rank gets an answer of the same kind."""
         found = None
@@ -148,7 +157,14 @@ class Parallel:
 
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """``task``, ``optimizer`` and ``ema`` (None without one) as whole tensors; every rank has to call it, sharded ones
-        get them on rank 0 alone."""
+        get them on rank 0 alone.
+
+        Raises:
+            ValueError: sharded weights, and an optimiser whose state is not of the weights' shape.
+        """
+        if self._shards:  # before a file is written that could not be read
+            for parameter, held in optimizer.state.items():
+                _check_shapes(held, parameter)
         state = {
             "task": self.task.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -169,15 +185,21 @@ class Parallel:
         if self._shards:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             state = {**state, "state": {i: _deal_state(v, parameters[i]) for i, v in state["state"].items()}}
+        # Which kernel makes the step is the layout's affair, not the file's.
+        kernels = [{k: group[k] for k in _KERNELS if k in group} for group in optimizer.param_groups]
+        groups = [{**group, **own} for group, own in zip(state["param_groups"], kernels, strict=True)]
+        state = {**state, "param_groups": groups}
         optimizer.load_state_dict(state)
 
 
-def _make_ema(student: nn.Module, config: TrainConfig) -> Any | None:
+def _make_ema(student: nn.Module, config: TrainConfig, foreach: bool) -> Any | None:
     if config.ema is None:
         return None
     from timm.utils import ModelEmaV3
 
-    return ModelEmaV3(student, decay=config.ema)  # averages buffers too: BatchNorm statistics belong to the weights
+    # It averages buffers too: BatchNorm statistics belong to the weights. Sharded weights and whole buffers do not go into
+    # one foreach call.
+    return ModelEmaV3(student, decay=config.ema, foreach=foreach)
 
 
 def _shard_task(task: TrainingTask, device: torch.device, compiled: bool) -> list[Any]:
@@ -192,6 +214,7 @@ def _shard_task(task: TrainingTask, device: torch.device, compiled: bool) -> lis
 def _shard(part: nn.Module, device: torch.device, compiled: bool = False) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
+    _let_fsdp_look_into_outputs()
     mesh = _mesh(device.type)
     blocks = [
         child
@@ -207,6 +230,14 @@ def _shard(part: nn.Module, device: torch.device, compiled: bool = False) -> nn.
         fully_shard(block, mesh=mesh)
     fully_shard(part, mesh=mesh)
     return part
+
+
+@functools.cache
+def _let_fsdp_look_into_outputs() -> None:
+    """FSDP hooks the tensors in a module's output, but up to some version does not look into dataclasses: gradients would
+    silently not be exchanged."""
+    with contextlib.suppress(ValueError):  # registered already
+        torch.export.register_dataclass(ModelOutput)
 
 
 @functools.cache
@@ -255,11 +286,15 @@ def _deal_one(whole: Any, like: Any) -> Any:
 
 
 def _deal_state(state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    _check_shapes(state, parameter)
+    sharded = {n: v for n, v in state.items() if isinstance(v, Tensor) and v.shape == parameter.shape and v.ndim > 0}
+    return {**state, **{name: _deal_one(value, parameter) for name, value in sharded.items()}}
+
+
+def _check_shapes(state: dict[str, Any], parameter: Tensor) -> None:
     for name, value in state.items():
         if isinstance(value, Tensor) and value.ndim > 0 and value.shape != parameter.shape:
             raise ValueError(
                 f"the optimiser keeps {name} of shape {tuple(value.shape)} for a weight of shape {tuple(parameter.shape)}, "
-                "which cannot be sharded; use parallel='ddp', or an element-wise optimiser such as adamw, lamb or sgd"
+                "which cannot be sharded; use parallel='ddp', or an optimiser such as adamw, lamb or sgd"
             )
-    sharded = {n: v for n, v in state.items() if isinstance(v, Tensor) and v.shape == parameter.shape and v.ndim > 0}
-    return {**state, **{name: _deal_one(value, parameter) for name, value in sharded.items()}}
