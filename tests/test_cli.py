@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import timm
 
-from xdfast import __version__
+from xdfast import DistillConfig, __version__
 from xdfast.cli import main
+from xdfast.data import augment_preset
+from xdfast.pipeline.config import load_yaml
+from xdfast.recipes import recipe_names, recipe_path
 
 SMALL = [
     "--data", "sklearn:digits", "--labels-per-class", "8", "--student-size", "32", "--epochs", "1", "--batch-size", "40",
@@ -59,8 +63,6 @@ def test_the_verbs_from_teacher_to_report(tmp_path, capsys) -> None:
 
 
 def test_recipes_are_listed_and_set_defaults(tmp_path, capsys) -> None:
-    from xdfast.recipes import recipe_names
-
     assert main(["recipes"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in recipe_names())
@@ -83,3 +85,21 @@ def test_doctor_runs(capsys) -> None:
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert "torch" in text and "rsd_loss" in text
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_a_valid_config(name) -> None:
+    values = load_yaml(recipe_path(name))
+    verb = values.pop("verb")
+    assert verb == "distill" and values.pop("about")
+    config = DistillConfig.from_dict({"teacher": "t", "student": "s", "data": "d", "out": "o", **values}, source=name)
+    config.validate()
+    augment_preset(config.augment, num_classes=10)
+    if "@" not in config.teacher and config.teacher != "t":
+        assert timm.is_model(config.teacher.split(".")[0]) and timm.is_model(config.student)
+
+
+def test_a_group_norm_recipe_makes_a_student_without_batch_norm() -> None:
+    values = load_yaml(recipe_path("xdistill-imagenet-gn"))
+    student = timm.create_model(values["student"], **values["student_options"])
+    assert not any("BatchNorm" in type(part).__name__ for part in student.modules())

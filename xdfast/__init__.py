@@ -25,6 +25,7 @@ _PUBLIC = {
     "backend": "xdfast.ops",
     # models
     "create_model": "xdfast.models",
+    "load_encoder": "xdfast.models",
     # the pipeline
     "DistillConfig": "xdfast.pipeline",
     "FinetuneConfig": "xdfast.pipeline",
@@ -53,6 +54,7 @@ __all__ = [
     "evaluate",
     "finetune",
     "list_losses",
+    "load_encoder",
     "prepare_teacher",
     "report",
     "rsd_loss",
@@ -65,7 +67,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; nothing of it runs
     from xdfast.losses.kd import KDLoss
     from xdfast.losses.rsd import RSDLoss
     from xdfast.losses.vicreg import VICRegLoss
-    from xdfast.models import create_model
+    from xdfast.models import create_model, load_encoder
     from xdfast.nn.aad import AAD
     from xdfast.ops import backend, prepare_teacher, rsd_loss
     from xdfast.pipeline import (  # type: ignore[no-redef]  # mypy takes functions for modules of the same name

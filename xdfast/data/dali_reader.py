@@ -4,7 +4,7 @@ Pillow stays the judge. A file's header is read by it, so unreadable files are f
 decode otherwise, or no faster (anything but 8-bit grey and RGB JPEGs, and JPEGs without an end marker, of which DALI's
 region decoder notices nothing), is decoded by Pillow, in threads. Where DALI fails on a batch, Pillow finds the culprits,
 they are replaced, and the same batch is made again. What remains different: a JPEG damaged in the middle, over which DALI
-passes in silence (``xdfast data check`` finds it).
+passes in silence (``xdfast data check --full`` finds what Pillow notices of it).
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ _PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cifar-cnn": ({"train_crop": "pad"}, {}),
     "cifar-vit": ({"train_crop": "pad", **_STRONG_VIEW}, _STRONG_BATCH),
     "imagenet-cnn": ({}, {}),
+    "imagenet-feature": ({"scale": (0.25, 1.0)}, {}),  # nothing that would change what the image shows
     "imagenet-vit": (_STRONG_VIEW, _STRONG_BATCH),
 }
 _BATCH_FIELDS = ("mixup", "cutmix", "prob", "switch_prob", "mode", "random_erase", "erase_mode", "erase_count")
@@ -45,8 +46,9 @@ def augment_preset(
 
     Args:
         name: ``"none"``; ``"small"`` (shifts only); ``"cifar-cnn"`` (shifts, flips); ``"cifar-vit"`` (and RandAugment,
-            mixup 0.8, CutMix 1, random erasing 0.25); ``"imagenet-cnn"`` (random resized crop, flips); ``"imagenet-vit"``
-            (and the rest).
+            mixup 0.8, CutMix 1, random erasing 0.25); ``"imagenet-cnn"`` (random resized crop, flips);
+            ``"imagenet-feature"`` (crops of a quarter or more, flips: for features without labels); ``"imagenet-vit"``
+            (random resized crop and the rest of cifar-vit).
         num_classes: C, for mixup and CutMix.
         mean, std: normalisation of the model that learns, for random erasing.
         overrides: fields of :class:`Augment` or :class:`BatchAugment` to set otherwise; ``auto_augment="none"`` turns the

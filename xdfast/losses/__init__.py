@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xdfast.losses.barlow_twins import BarlowTwinsLoss
-from xdfast.losses.base import DistillLoss, create_loss, list_losses, register_loss
+from xdfast.losses.base import DistillLoss, create_loss, list_losses, parse_losses, register_loss
 from xdfast.losses.feature import FeatureMSELoss
 from xdfast.losses.kd import KDLoss
 from xdfast.losses.rsd import RSDLoss
@@ -18,5 +18,6 @@ __all__ = [
     "VICRegLoss",
     "create_loss",
     "list_losses",
+    "parse_losses",
     "register_loss",
 ]

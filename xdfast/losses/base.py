@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from xdfast.errors import nearest
 from xdfast.ops._checks import check_number
 
-__all__ = ["DistillLoss", "create_loss", "list_losses", "register_loss"]
+__all__ = ["DistillLoss", "create_loss", "list_losses", "parse_losses", "register_loss"]
 
 
 class DistillLoss(nn.Module):
@@ -78,3 +78,31 @@ def create_loss(name: str, **options: Any) -> DistillLoss:
         raise ValueError(f"unknown loss {name!r}; known: {', '.join(list_losses())}.{nearest(name, _registry)}")
     cls, fixed = _registry[name]
     return cls(**{**fixed, **options})
+
+
+def parse_losses(text: str) -> dict[str, float | None]:
+    """Name → weight of losses joined by ``+``; None where the weight is left to the method.
+
+    Raises:
+        ValueError: unknown name (the nearest ones are offered), a name twice, or a weight that is no number ≥ 0.
+
+    Example:
+        >>> parse_losses("mse+rsd:0.001")
+        {'mse': None, 'rsd': 0.001}
+    """
+    found: dict[str, float | None] = {}
+    for part in text.split("+"):
+        name, colon, weight = part.strip().partition(":")
+        if name not in _registry:
+            known = ", ".join(list_losses())
+            raise ValueError(
+                f"loss: unknown {name!r}; known: {known}, joined by +, each with :WEIGHT if wanted."
+                f"{nearest(name, _registry)}"
+            )
+        if name in found:
+            raise ValueError(f"loss: {name!r} comes twice in {text!r}")
+        try:
+            found[name] = check_number("weight", float(weight), minimum=0) if colon else None
+        except ValueError as error:
+            raise ValueError(f"loss: the weight of {name!r} must be a number ≥ 0, got {weight!r}") from error
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from xdfast.models.checkpoint import CheckpointError, atomic_write, load_resume, save_resume
 from xdfast.models.create import create_model
+from xdfast.models.encoder import load_encoder
 from xdfast.models.features import FeatureModel, ModelOutput
 from xdfast.models.students import save_student, weights_hash
 
@@ -13,6 +14,7 @@ __all__ = [
     "ModelOutput",
     "atomic_write",
     "create_model",
+    "load_encoder",
     "load_resume",
     "save_resume",
     "save_student",

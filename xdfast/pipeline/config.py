@@ -109,7 +109,7 @@ class TrainConfig(_DataConfig):
     """Size of the augmented view both models see; default: the larger input size, but not above the images' own."""
     epochs: int = 100
     augment: str = "imagenet-cnn"
-    """Augmentation preset: none, small, cifar-cnn, cifar-vit, imagenet-cnn, imagenet-vit."""
+    """Augmentation preset: none, small, cifar-cnn, cifar-vit, imagenet-cnn, imagenet-feature, imagenet-vit."""
     auto_augment: str | None = None
     """RandAugment string of timm such as rand-m9-mstd0.5-inc1; default: the preset's."""
     mixup: float | None = None
@@ -241,9 +241,9 @@ class DistillConfig(TrainConfig):
     student: str
     """timm name, NAME@/path/to/weights, or a folder that distill or finetune wrote."""
     loss: str = "rsd"
-    """rsd, rsd-logits, kd, mse, or several joined by +."""
+    """rsd, rsd-logits, kd, mse, or several joined by +, each with a weight of its own if wanted: mse+rsd:0.001."""
     loss_weight: float | None = None
-    """λ before the distillation loss; default: the method's (RSD 0.1, KD 1)."""
+    """λ before the distillation losses without one of their own; default: the method's (RSD 0.1, KD 1, MSE 1)."""
     ce_weight: float = 1.0
     """Weight of the cross-entropy with the labels; 0 trains without labels."""
     kappa: float = 0.01
@@ -272,14 +272,9 @@ class DistillConfig(TrainConfig):
         super().validate()
         self._not_negative("loss_weight", "ce_weight", "kappa", "aad_expansion", "monitor")
         self._positive("temperature", "teacher_size")
-        from xdfast.losses import list_losses
+        from xdfast.losses import parse_losses
 
-        for name in self.loss.split("+"):
-            if name not in list_losses():
-                known = list_losses()
-                raise ValueError(
-                    f"loss: unknown {name!r}; known: {', '.join(known)}, joined by +.{nearest(name, known)}"
-                )
+        parse_losses(self.loss)
         self._positive("cache_views")
         if self.cache_dtype not in ("float16", "float32"):
             raise ValueError(f"cache_dtype must be float16 or float32, got {self.cache_dtype!r}")

@@ -11,7 +11,7 @@ from torch import nn
 
 from xdfast import distributed
 from xdfast.data import ImageLoader
-from xdfast.losses import DistillLoss, create_loss
+from xdfast.losses import DistillLoss, create_loss, parse_losses
 from xdfast.models import FeatureModel, create_model, weights_hash
 from xdfast.nn import AAD
 from xdfast.pipeline.config import DistillConfig
@@ -162,9 +162,10 @@ def build_task(config: DistillConfig, student: FeatureModel, teacher: FeatureMod
     """
     losses: dict[str, DistillLoss] = {}
     projectors: dict[str, nn.Module] = {}
-    for name in config.loss.split("+"):
+    for name, weight in parse_losses(config.loss).items():
         loss = create_loss(name, **_options(config, name))
-        loss.weight = loss.default_weight if config.loss_weight is None else config.loss_weight
+        chosen = config.loss_weight if weight is None else weight
+        loss.weight = loss.default_weight if chosen is None else chosen
         if loss.on == "logits" and teacher.num_classes != classes:
             raise ValueError(
                 f"loss {name!r} compares logits, but the teacher has {teacher.num_classes} classes and the data {classes}; "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xdfast import distributed
-from xdfast.losses import create_loss
+from xdfast.losses import create_loss, parse_losses
 from xdfast.models import FeatureModel, create_model
 from xdfast.models.checkpoint import atomic_write
 from xdfast.pipeline.config import EvaluateConfig
@@ -215,7 +215,7 @@ def trains_classifier(config: dict[str, Any]) -> bool:
     """Whether a run with these settings trains the student's classifier: with labels, or by a loss on logits."""
     if config.get("loss") is None:
         return True
-    on_logits = any(create_loss(name).on == "logits" for name in str(config["loss"]).split("+"))
+    on_logits = any(create_loss(name).on == "logits" for name in parse_losses(str(config["loss"])))
     return bool(config.get("ce_weight", 1.0) > 0 or on_logits)
 
 

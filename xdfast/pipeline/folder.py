@@ -3,6 +3,7 @@
 config.yaml       the settings          metrics.jsonl   rows of training and validation
 resume.pt         to continue           student/        the result, loadable by plain timm
 summary.json      final figures; its presence means the run is finished
+projectors.safetensors                  of feature losses: student features → the teacher's
 evaluation.json, embedding.npz          written by evaluate
 """
 
@@ -27,11 +28,13 @@ __all__ = ["RunResult", "finish", "load_run", "model_source", "open_folder"]
 
 log = logging.getLogger("xdfast")
 
+PROJECTORS_FILE = "projectors.safetensors"
 _OURS = (
     "config.yaml",
     "metrics.jsonl",
     "resume.pt",
     "summary.json",
+    PROJECTORS_FILE,
     "evaluation.json",
     "embedding.npz",
     "student",

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xdfast.losses import parse_losses
 from xdfast.models import create_model
 from xdfast.pipeline.evaluate import evaluate, load_evaluation
 from xdfast.pipeline.folder import RunResult, load_run, model_source
@@ -74,7 +75,10 @@ def report(
 def method_of(run: RunResult) -> str:
     """What a run is called in tables: its losses (and "→ fine-tuned" after them), or "from scratch" or "fine-tuned"."""
     if run.kind == "distill":
-        return " + ".join(_NAMES.get(name, name) for name in str(run.config["loss"]).split("+"))
+        return " + ".join(
+            _NAMES.get(name, name) + (f" · {weight:g}" if weight is not None else "")
+            for name, weight in parse_losses(str(run.config["loss"])).items()
+        )
     first = _stage_before(run)
     if first is not None:
         return f"{method_of(first)} → fine-tuned"

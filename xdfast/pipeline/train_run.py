@@ -7,15 +7,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import nn
 
 from xdfast import distributed
 from xdfast.data import ImageLoader
 from xdfast.models import FeatureModel, create_model, save_student
+from xdfast.models.checkpoint import atomic_write
 from xdfast.pipeline.config import TrainConfig
 from xdfast.pipeline.data import Images, eval_loader
 from xdfast.pipeline.evaluate import accuracy
-from xdfast.pipeline.folder import RunResult, finish, model_source
+from xdfast.pipeline.folder import PROJECTORS_FILE, RunResult, finish, model_source
 from xdfast.pipeline.loop import train
 from xdfast.pipeline.monitor import Monitor
 from xdfast.pipeline.parallel import check_layout
@@ -106,6 +108,9 @@ def run_training(
             classes=list(images.train.classes),
             extra={"kind": kind, "config": config.to_dict(), "metrics": result.metrics},
         )
+        if result.projectors:
+            state = {name: value.detach().cpu().contiguous() for name, value in result.projectors.items()}
+            atomic_write(out / PROJECTORS_FILE, lambda aside: save_file(state, aside))
     images_seen = config.epochs * sum(map(loader.rows, range(loader.batches_per_epoch)))
     metrics = {
         **result.metrics,
