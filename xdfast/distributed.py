@@ -64,13 +64,15 @@ def broadcast(tensors: list[torch.Tensor]) -> None:
 
 
 def device_for_rank(device: str) -> torch.device:
-    """``"auto"`` → this rank's GPU, or the CPU; anything else is taken as written.
+    """``"auto"`` → this rank's GPU, or the CPU; ``"cuda"`` under ``torchrun`` → this rank's GPU; anything else as written.
 
     Raises:
         RuntimeError: a CUDA device is asked for and there is none.
     """
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
             f"device {device!r} was asked for but torch {torch.__version__} sees no CUDA device; "

@@ -10,9 +10,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
+from torch.distributed.fsdp import FSDPModule
 
 import xdfast
 from xdfast import distributed
+from xdfast.pipeline.config import FinetuneConfig
+from xdfast.pipeline.parallel import Parallel
+from xdfast.pipeline.task import SupervisedTask
 
 FOLDER = Path(sys.argv[3]) if len(sys.argv) > 3 else Path()
 
@@ -141,3 +145,38 @@ def check_batch_statistics_with_a_rank_without_rows():
 def check_sharding_a_transformer():
     settings = {"student": "test_vit", "student_options": {}, "batch_size": 8, "ce_weight": 0.0}
     assert_same(run(FOLDER / "vit-fsdp", 20, **settings, parallel="fsdp"), run(FOLDER / "vit", 20, **settings), 1e-5)
+
+
+def check_finetuning_with_a_rank_without_rows():
+    settings = {"data": Digits(19), "val_data": Digits(60, 200), "student_size": 32, "augment": "none", "epochs": 1}
+    settings |= {"tail": "exact", "batch_size": 8, "workers": 0, "progress": False, "device": "cpu", "lr": 0.05}
+    weights = []
+    for parallel in ("ddp", "fsdp"):
+        run = xdfast.finetune(
+            "test_resnet", freeze="encoder", parallel=parallel, out=str(FOLDER / f"ft-{parallel}"), **settings
+        )
+        assert run.metrics["steps"] == 2
+        weights.append(load_file(run.path / "student" / "model.safetensors"))
+    assert_same(weights[1], weights[0], 1e-5)
+
+
+def check_an_exact_epoch_fills_the_teacher_cache():
+    settings = {"batch_size": 8, "augment": "none", "cache": str(FOLDER / "outputs"), "cache_views": 1}
+    filling = run(FOLDER / "filling", 51, **settings)
+    assert_same(run(FOLDER / "reading", 51, **settings), filling, 0.0)
+
+
+def check_each_rank_holds_a_part():
+    net = xdfast.create_model("test_vit", num_classes=10, pretrained=False)
+    total, names = sum(p.numel() for p in net.parameters()), list(net.state_dict())
+    config = FinetuneConfig(model="m", data="d", out="o", parallel="fsdp", ema=0.5)
+    model = Parallel(SupervisedTask(net), config, torch.device("cpu"))
+    for module in (model.task, model.ema.module):
+        held = sum(p.to_local().numel() for p in module.parameters())
+        assert held < 0.6 * total
+    blocks = [m for m in net.modules() if isinstance(m, FSDPModule)]
+    assert len(blocks) == 1 + len(net.net.blocks) and list(net.state_dict()) == names
+    assert model.first_not_finite() is None
+    if distributed.rank() == 1:
+        net.classifier.weight.to_local().data.fill_(float("nan"))
+    assert model.first_not_finite() == ("student.net.head.weight" if distributed.rank() else "a part on another rank")
