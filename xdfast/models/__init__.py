@@ -7,6 +7,7 @@ from xdfast.models.create import create_model
 from xdfast.models.encoder import load_encoder
 from xdfast.models.features import FeatureModel, ModelOutput
 from xdfast.models.students import save_student, weights_hash
+from xdfast.models.taps import pool_tap, tap_widths
 
 __all__ = [
     "CheckpointError",
@@ -16,7 +17,9 @@ __all__ = [
     "create_model",
     "load_encoder",
     "load_resume",
+    "pool_tap",
     "save_resume",
     "save_student",
+    "tap_widths",
     "weights_hash",
 ]

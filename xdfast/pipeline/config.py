@@ -252,6 +252,11 @@ class DistillConfig(TrainConfig):
     """KD: softening of the probabilities."""
     aad_expansion: float = 2.0
     """AAD: hidden width in units of the student's; 0 is a single linear map (the "without AAD" ablation)."""
+    taps: dict[str, str] = field(default_factory=dict)
+    """Student's module → teacher's module, such as layer3 → blocks.17: the feature losses compare the mean over places of
+    their outputs, too, each through a projector of its own."""
+    tap_weight: float = 1.0
+    """Weight of the feature losses at taps, on top of their own."""
     teacher_size: int | None = None
     """The teacher's input size; default: its own (DINOv2: 224)."""
     teacher_pretrained: bool = True
@@ -270,7 +275,7 @@ class DistillConfig(TrainConfig):
 
     def validate(self) -> None:
         super().validate()
-        self._not_negative("loss_weight", "ce_weight", "kappa", "aad_expansion", "monitor")
+        self._not_negative("loss_weight", "ce_weight", "kappa", "aad_expansion", "monitor", "tap_weight")
         self._positive("temperature", "teacher_size")
         from xdfast.losses import parse_losses
 

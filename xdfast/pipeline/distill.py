@@ -12,14 +12,14 @@ from torch import nn
 from xdfast import distributed
 from xdfast.data import ImageLoader
 from xdfast.losses import DistillLoss, create_loss, parse_losses
-from xdfast.models import FeatureModel, create_model, weights_hash
+from xdfast.models import FeatureModel, create_model, tap_widths, weights_hash
 from xdfast.nn import AAD
 from xdfast.pipeline.config import DistillConfig
 from xdfast.pipeline.data import Images, eval_loader, open_images, train_loader, view_size
 from xdfast.pipeline.folder import RunResult, model_source, open_folder
 from xdfast.pipeline.monitor import Monitor, sample
 from xdfast.pipeline.parallel import prepare_teacher
-from xdfast.pipeline.task import DistillTask, seed_everything
+from xdfast.pipeline.task import DistillTask, seed_everything, tap_key
 from xdfast.pipeline.teacher import CachedTeacher, LiveTeacher, open_store
 from xdfast.pipeline.train_run import make_student, run_training, settings_of
 
@@ -122,6 +122,7 @@ def prepare(
             dtype=_DTYPES[config.teacher_precision],
             device=distributed.device_for_rank(config.device),
             options=config.teacher_options,
+            taps=tuple(dict.fromkeys(config.taps.values())),
         )
         return prepare_teacher(net, config)
 
@@ -158,7 +159,7 @@ def build_task(config: DistillConfig, student: FeatureModel, teacher: FeatureMod
     """The losses and projectors of a config around two models.
 
     Raises:
-        ValueError: a logit loss and a teacher whose classes are not the data's.
+        ValueError: a logit loss and a teacher whose classes are not the data's; taps without a feature loss.
     """
     losses: dict[str, DistillLoss] = {}
     projectors: dict[str, nn.Module] = {}
@@ -175,11 +176,23 @@ def build_task(config: DistillConfig, student: FeatureModel, teacher: FeatureMod
         if loss.on == "features":
             seed_everything(config.seed, 2, len(projectors))
             projectors[name] = AAD(student.num_features, teacher.num_features, config.aad_expansion)
+    if config.taps:
+        if not projectors:
+            raise ValueError(
+                f"taps are compared by feature losses, but loss={config.loss!r} has none; add 'mse' or 'rsd'"
+            )
+        ours, theirs = tap_widths(student), tap_widths(teacher)
+        for name in [name for name, loss in losses.items() if loss.on == "features"]:
+            for mine, his in config.taps.items():
+                seed_everything(config.seed, 2, len(projectors))
+                projectors[tap_key(name, mine)] = AAD(ours[mine], theirs[his], config.aad_expansion)
     needed = {loss.on for loss in losses.values()}
-    kinds = tuple(kind for kind in ("features", "logits") if kind in needed)
+    kinds: list[str] = [kind for kind in ("features", "logits") if kind in needed]
+    kinds += [f"tap:{tap}" for tap in dict.fromkeys(config.taps.values())]
     return DistillTask(
-        student, LiveTeacher(teacher, kinds), losses, projectors,
+        student, LiveTeacher(teacher, tuple(kinds)), losses, projectors,
         ce_weight=config.ce_weight, label_smoothing=config.label_smoothing,
+        taps=config.taps, tap_weight=config.tap_weight,
     )  # fmt: skip
 
 

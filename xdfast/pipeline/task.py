@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 from xdfast.data import Batch
 from xdfast.losses import DistillLoss
+from xdfast.models import pool_tap
 from xdfast.ops.rsd import RSDComponents
 from xdfast.pipeline.teacher import CachedTeacher, LiveTeacher
 
-__all__ = ["DistillTask", "SupervisedTask", "TrainingTask"]
+__all__ = ["DistillTask", "SupervisedTask", "TrainingTask", "tap_key"]
 
 
 class TrainingTask(nn.Module):
@@ -77,7 +78,16 @@ class DistillTask(TrainingTask):
     """ce_weight · CE + Σ losses(student, teacher).
 
     Feature losses see ``projectors[name](student features)`` against the teacher's penultimate features; logit losses
-    the two logits. The teacher is no sub-module: not trained, not saved, not wrapped.
+    the two logits. With taps, feature losses also see the mean over places of one module's output in each, through a
+    projector of their own. The teacher is no sub-module: not trained, not saved, not wrapped.
+
+    Args:
+        student, teacher: what learns, and what it is told.
+        losses: by name.
+        projectors: of each feature loss, by its name and by ``tap_key(name, student tap)``.
+        ce_weight, label_smoothing: of the cross-entropy.
+        taps: student's module → teacher's module; both models have these taps.
+        tap_weight: of a feature loss at a tap, on top of its own weight.
     """
 
     def __init__(
@@ -89,8 +99,11 @@ class DistillTask(TrainingTask):
         *,
         ce_weight: float = 1.0,
         label_smoothing: float = 0.0,
+        taps: dict[str, str] | None = None,
+        tap_weight: float = 1.0,
     ) -> None:
         super().__init__(student, label_smoothing)
+        self.taps, self.tap_weight = dict(taps or {}), tap_weight
         self.losses = nn.ModuleDict(losses)
         self.projectors = nn.ModuleDict(projectors)
         self.ce_weight = ce_weight
@@ -116,10 +129,13 @@ class DistillTask(TrainingTask):
         targets: Tensor | None,  # [B] or [B, C]; None: no rows here
         teacher_features: Tensor | None = None,  # [B, D]
         teacher_logits: Tensor | None = None,  # [B, C]
+        **teacher_taps: Tensor,  # "teacher_tap:MODULE" [B, D]
     ) -> dict[str, Tensor]:
         output = self.student(images)
+        inside = {tap: pool_tap(output.taps[tap], tap) for tap in self.taps}
         if targets is None:
-            projected = [projector(output.features) for projector in self.projectors.values()]
+            sources = {tap_key(name, tap): value for name in self.losses for tap, value in inside.items()}
+            projected = [projector(sources.get(name, output.features)) for name, projector in self.projectors.items()]
             return _nothing(*projected, *([output.logits] if self.uses_logits else []))
         total: Any = 0.0
         terms: dict[str, Tensor] = {}
@@ -137,7 +153,18 @@ class DistillTask(TrainingTask):
                 value = value.loss
             terms[name] = value.detach()
             total = total + value
+            for tap, theirs in self.taps.items() if loss.on == "features" else ():
+                key = tap_key(name, tap)
+                value = loss(self.projectors[key](inside[tap]), teacher_taps[f"teacher_tap:{theirs}"])
+                value = (value.loss if isinstance(value, RSDComponents) else value) * self.tap_weight
+                terms[key] = value.detach()
+                total = total + value
         return {"loss": total, **terms}
+
+
+def tap_key(loss: str, tap: str) -> str:
+    """Name of a loss's projector at a student's tap, ``"mse_at_layer3"``; a module's name may not hold dots."""
+    return f"{loss}_at_{tap.replace('.', '_')}"
 
 
 def _nothing(*outputs: Tensor) -> dict[str, Tensor]:

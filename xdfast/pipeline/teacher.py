@@ -20,7 +20,7 @@ from xdfast.data import Batch, ImageLoader, ImageSource
 from xdfast.data._rng import preserved_rng
 from xdfast.data.batches import BatchPlan
 from xdfast.data.store import CHANGED, HIT, TeacherStore
-from xdfast.models import FeatureModel
+from xdfast.models import FeatureModel, pool_tap, tap_widths
 from xdfast.pipeline.journal import ProgressLine
 
 __all__ = ["CachedTeacher", "LiveTeacher", "cache_root", "open_store", "stores"]
@@ -28,6 +28,7 @@ __all__ = ["CachedTeacher", "LiveTeacher", "cache_root", "open_store", "stores"]
 log = logging.getLogger("xdfast")
 
 _NAMED = 3
+_TAP = "tap:"
 
 
 class LiveTeacher:
@@ -35,7 +36,7 @@ class LiveTeacher:
 
     Args:
         net: the frozen model.
-        kinds: ``"features"``, ``"logits"``, or both.
+        kinds: of ``"features"``, ``"logits"`` and ``"tap:MODULE"``.
     """
 
     def __init__(self, net: FeatureModel, kinds: tuple[str, ...]) -> None:
@@ -46,7 +47,7 @@ class LiveTeacher:
         """Called before the first batch of an epoch, on every rank."""
 
     def targets(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """``{"features": [B, D], "logits": [B, C]}`` in float32, those of ``kinds``, on the images' device.
+        """``{"features": [B, D], "logits": [B, C], "tap:MODULE": [B, D]}`` in float32, those of ``kinds``, where the images are.
 
         Args:
             images: float ``[B, 3, S, S]`` in [0, 1].
@@ -175,7 +176,10 @@ class CachedTeacher:
 def _outputs(net: FeatureModel, images: Tensor, kinds: tuple[str, ...]) -> dict[str, Tensor]:
     with torch.no_grad():
         output = net(images)
-    return {kind: getattr(output, kind).float() for kind in kinds}
+    return {
+        kind: pool_tap(output.taps[kind[len(_TAP) :]], kind) if kind.startswith(_TAP) else getattr(output, kind).float()
+        for kind in kinds
+    }
 
 
 def cache_root() -> Path:
@@ -229,6 +233,7 @@ def open_store(
         "pixels": "gpu" if loader.decoder == "dali-gpu" else "cpu",
     }
     widths = {"features": teacher.num_features, "logits": teacher.num_classes}
+    widths |= {f"{_TAP}{tap}": width for tap, width in (tap_widths(teacher) if teacher.taps else {}).items()}
     shape: dict[str, Any] = {"samples": len(source), "views": views, "outputs": {k: widths[k] for k in kinds}}
     folder = Path(cache).expanduser()
     if cache == "auto":

@@ -61,6 +61,7 @@ def make_student(value: Any, config: TrainConfig, num_classes: int) -> FeatureMo
         pretrained=config.student_pretrained,
         image_size=config.student_size,
         options=config.student_options,
+        taps=tuple(getattr(config, "taps", ())),
     )
 
 
