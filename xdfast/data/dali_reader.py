@@ -168,7 +168,8 @@ class DaliReader:
         if isinstance(views, Tensor) and len(rows) == len(plan.ids):
             return views  # all of them, in order, where they are
         size, on = self.views.image_size, views.device if isinstance(views, Tensor) else None
-        bases = torch.zeros((len(plan.ids), size, size, 3), dtype=torch.uint8, device=on)
+        black = len(items) < len(plan.ids)  # rows without an image
+        bases = (torch.zeros if black else torch.empty)((len(plan.ids), size, size, 3), dtype=torch.uint8, device=on)
         if isinstance(views, Tensor):
             bases[torch.tensor(rows, dtype=torch.int64, device=on)] = views
         else:
@@ -177,7 +178,9 @@ class DaliReader:
             def resample(row: int, pixels: np.ndarray) -> None:
                 crop = items[row].crop
                 if crop is not None:
-                    out[row] = self._colour(self.views.resample(pixels, crop), int(plan.views[row]), int(plan.ids[row]))
+                    self.views.resample(pixels, crop, out[row])
+                    if self._jitter:
+                        out[row] = self._colour(out[row], int(plan.views[row]), int(plan.ids[row]))
 
             list(self._pool.map(resample, rows, views))
         for row, item in items.items():

@@ -129,7 +129,7 @@ class BatchReader(torch.utils.data.Dataset):
             return int(self._digests[i])
         self.views.reseed(view, slot)  # before load(): a dataset of the user's may draw at random too
         image, digest = load_image(self.source, i, self.digests)
-        out.numpy()[:] = self.views.base(image, view, slot)
+        self.views.base(image, view, slot, out.numpy())
         if self._bases is not None:
             self._bases[i], self._have[i], self._digests[i] = out, True, digest
         return digest
