@@ -20,7 +20,7 @@ STAMP := $(VENV)/.xdfast-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml setup.py $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \))
 
-.PHONY: help install demo test test-slow test-gpu bench bench-data bench-gpu figures lint format build clean
+.PHONY: help install demo test test-slow test-gpu bench bench-data bench-cache bench-gpu figures lint format build clean
 
 help:
 	@echo "make demo        train a small student from a teacher on real images, write a report (about 4 minutes on 2 cores)"
@@ -28,6 +28,7 @@ help:
 	@echo "make test        the tests (make test-slow, make test-gpu: the rest of them)"
 	@echo "make bench       benchmarks; writes bench/results/cpu (make bench-gpu: GPU tests and benchmarks)"
 	@echo "make bench-data  the image loader; writes bench/results/cpu/data.json (XDFAST_BENCH_IMAGES=folder: with your images)"
+	@echo "make bench-cache an epoch with a live teacher against one from the teacher cache (about 4 minutes)"
 	@echo "make figures     the README's table from bench/results"
 	@echo "make lint        ruff, import rules, types          make format   let ruff rewrite"
 	@echo "make build       wheel and source archive in dist/"
@@ -84,6 +85,10 @@ bench: $(STAMP)
 bench-data: $(STAMP)
 	@mkdir -p bench/results/cpu
 	@"$(BIN)/pytest" bench/bench_data.py --benchmark-only --benchmark-json=bench/results/cpu/data.json $(ARGS)
+
+bench-cache: $(STAMP)
+	@mkdir -p bench/results/cpu
+	@"$(BIN)/pytest" bench/bench_cache.py --benchmark-only --benchmark-json=bench/results/cpu/cache.json $(ARGS)
 
 bench-gpu: $(STAMP)
 	@PYTHON="$(BIN)/python" bash bench/gpu.sh
