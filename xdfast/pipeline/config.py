@@ -150,6 +150,9 @@ class TrainConfig(_DataConfig):
     """torch.compile of student and teacher, of the student's blocks one by one under fsdp; it takes minutes at the start."""
     channels_last: bool = False
     """Weights of student and teacher in channels-last memory format, as images are; meant for convolutions on GPUs."""
+    overlap: bool = False
+    """On a GPU: the teacher looks at the next batch on a CUDA stream of its own while the student trains. Changes no
+    result; whether it pays has not been measured."""
     eval_every: int = 1
     """Epochs between validations; the last epoch is always validated."""
     log_every: int = 20
@@ -169,6 +172,7 @@ class TrainConfig(_DataConfig):
             "out",
             "workers",
             "decoder",
+            "overlap",
             "device",
             "log_every",
             "checkpoint_seconds",

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from xdfast import distributed
 from xdfast.data import Batch
 from xdfast.models.checkpoint import load_resume, save_resume
+from xdfast.pipeline.ahead import Ready, ahead, lane_for
 from xdfast.pipeline.config import TrainConfig
 from xdfast.pipeline.journal import Journal, ProgressLine
 from xdfast.pipeline.optim import build_optimizer, build_schedule
@@ -132,6 +134,10 @@ def train(
         distributed.barrier()
         session.saved()
 
+    def make_ready(epoch: int) -> Callable[[int, Batch], Ready]:
+        return partial(_make_ready, task, config, device, batch_augment, epoch)
+
+    lane = lane_for(config.overlap, device)
     running = _RunningTerms(state.running)
     with session.catch_termination():
         try:
@@ -144,10 +150,11 @@ def train(
                 if state.batch == 0:
                     with autocast(config, device):
                         task.begin_epoch(state.epoch)
-                for micro in _groups(loader.epoch(state.epoch, state.batch), config.accumulate):
+                batches = ahead(loader.epoch(state.epoch, state.batch), make_ready(state.epoch), lane, state.batch)
+                for micro in _groups(batches, config.accumulate):
                     rate = optimizer.param_groups[0]["lr"]
                     rows = [loader.rows(state.batch + index) for index in range(len(micro))]
-                    _update(model, micro, rows, optimizer, scaler, config, device, batch_augment, state, running)
+                    _update(model, micro, rows, optimizer, scaler, config, device, state, running)
                     if model.ema is not None:
                         model.ema.update(task.student)
                     state.step += 1
@@ -199,13 +206,12 @@ def train(
 
 def _update(
     model: Parallel,
-    micro: list[Any],
+    micro: list[Ready],
     rows: list[int],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     config: TrainConfig,
     device: torch.device,
-    batch_augment: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None,
     state: _State,
     running: _RunningTerms,
 ) -> None:
@@ -216,14 +222,13 @@ def _update(
     """
     optimizer.zero_grad(set_to_none=True)
     total = sum(rows)
-    for index, batch in enumerate(micro):
-        number = state.batch + index
-        seed_everything(config.seed, state.epoch, number, distributed.rank())
+    for index, ready in enumerate(micro):
+        seed_everything(config.seed, state.epoch, state.batch + index, distributed.rank())
         last = index == len(micro) - 1
-        share = len(batch.ids) * distributed.world_size() / total
+        share = len(ready.batch.ids) * distributed.world_size() / total
         with model.accumulating(last):
             with autocast(config, device):
-                terms = _terms(model, batch, device, batch_augment)
+                terms = _terms(model, ready)
                 loss = terms["loss"] * share
             scaler.scale(loss).backward()
         running.add(terms, share)
@@ -234,23 +239,35 @@ def _update(
     scaler.update()
 
 
-def _terms(
-    model: Parallel,
-    batch: Batch,
-    device: torch.device,
-    batch_augment: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None,
-) -> dict[str, Tensor]:
-    images = batch.images.to(device, non_blocking=True).float().div_(255)
-    if not len(batch.ids):
+def _terms(model: Parallel, ready: Ready) -> dict[str, Tensor]:
+    if ready.targets is None:
         # No rows on this rank: eval mode leaves the BatchNorm statistics alone, and no loss ever sees these pixels.
         model.trained.eval()
-        terms = model.trained(images.new_zeros((2, *images.shape[1:])), None)
+        terms = model.trained(ready.images.new_zeros((2, *ready.images.shape[1:])), None)
         model.trained.train()
         return terms
+    return model.trained(ready.images, ready.targets, **ready.taught)
+
+
+def _make_ready(
+    task: TrainingTask,
+    config: TrainConfig,
+    device: torch.device,
+    batch_augment: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None,
+    epoch: int,
+    number: int,
+    batch: Batch,
+) -> Ready:
+    """Moves, augments and shows a batch to the teacher; a function of (epoch, number, batch) alone."""
+    images = batch.images.to(device, non_blocking=True).float().div_(255)
+    if not len(batch.ids):
+        return Ready(batch, images, None)
     targets = batch.labels.to(device, non_blocking=True)
     if batch_augment is not None:
+        seed_everything(config.seed, epoch, number, distributed.rank())
         images, targets = batch_augment(images, targets, torch.initial_seed())
-    return model.trained(images, targets, **model.task.teach(images, batch))
+    with autocast(config, device):
+        return Ready(batch, images, targets, task.teach(images, batch))
 
 
 def autocast(config: TrainConfig, device: torch.device) -> Any:

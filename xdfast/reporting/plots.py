@@ -34,7 +34,7 @@ def curves(groups: Sequence[Group]) -> Picture | None:
     panels = [
         ("train", "loss", "training loss", 1.0),
         ("val", "top1", "validation top-1, %", 100.0),
-        ("val", "knn", "k-NN accuracy without labels, %", 100.0),
+        ("val", "knn", "k-NN accuracy, %", 100.0),
         ("val", "agreement", "cosine to the teacher", 1.0),
     ]
     drawn = [
@@ -85,7 +85,7 @@ def curves(groups: Sequence[Group]) -> Picture | None:
         figure,
         "Training curves",
         f"Lines by epoch for {names}: {' and '.join(p[2] for p in drawn)}.",
-        "Lines: mean over seeds. Bands: from the lowest to the highest run. The training loss holds the distillation "
+        "Lines: mean over seeds; epoch 0 is before the first step. Bands: from the lowest to the highest run. The training loss holds the distillation "
         "terms, so its height is not comparable between methods.",
     )
 
