@@ -85,7 +85,8 @@ def curves(groups: Sequence[Group]) -> Picture | None:
         figure,
         "Training curves",
         f"Lines by epoch for {names}: {' and '.join(p[2] for p in drawn)}.",
-        "Lines: mean over seeds; epoch 0 is before the first step. Bands: from the lowest to the highest run. The training loss holds the distillation "
+        "Lines: mean over seeds; epoch 0 is before the first step. Bands: from the lowest to the highest run. "
+        "The training loss holds the distillation "
         "terms, so its height is not comparable between methods.",
     )
 
