@@ -13,7 +13,7 @@ import logging
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -44,6 +44,20 @@ class _Item:
     digest: int
     crop: Crop | None = None
     base: np.ndarray | None = None
+
+
+@dataclass
+class _Draft:
+    """A batch in the making."""
+
+    plan: BatchPlan
+    queues: dict[int, Iterator[int]]  # row → images to try
+    items: dict[int, _Item] = field(default_factory=dict)  # row → what was found
+    bad: dict[str, str] = field(default_factory=dict)  # path → reason
+
+    def who(self, row: int) -> tuple[int, int]:
+        """(view, slot) of a row."""
+        return int(self.plan.views[row]), int(self.plan.ids[row])
 
 
 class DaliReader:
@@ -81,18 +95,17 @@ class DaliReader:
         valid = plan.ids != PADDING
         ids = plan.ids.copy()
         digests = np.zeros(len(ids), dtype=np.int64)
-        bad: dict[str, str] = {}
         rows = [int(row) for row in np.flatnonzero(valid)]
-        queues = {row: candidates(self.source, self.views, int(plan.views[row]), int(plan.ids[row])) for row in rows}
-        items: dict[int, _Item] = {}
-        self._fill(items, rows, queues, plan, bad)
-        bases = self._render(items, queues, plan, bad)
-        for row, item in items.items():
+        draft = _Draft(plan, {})
+        draft.queues = {row: candidates(self.source, self.views, *draft.who(row)) for row in rows}
+        self._fill(draft, rows)
+        bases = self._render(draft)
+        for row, item in draft.items.items():
             ids[row], digests[row] = item.image, item.digest
         for row in rows:
-            valid[row] = row in items
+            valid[row] = row in draft.items
         images = self.views.finish(bases.permute(0, 3, 1, 2), plan.views, plan.ids, coloured=self._jitter)
-        return make_batch(images, self._labels, plan, ids, valid, digests, bad)
+        return make_batch(images, self._labels, plan, ids, valid, digests, draft.bad)
 
     def close(self) -> None:
         """Ends the threads."""
@@ -101,36 +114,28 @@ class DaliReader:
             if graph is not None:
                 graph.close()
 
-    def _fill(
-        self,
-        items: dict[int, _Item],
-        rows: list[int],
-        queues: dict[int, Iterator[int]],
-        plan: BatchPlan,
-        bad: dict[str, str],
-    ) -> None:
+    def _fill(self, draft: _Draft, rows: list[int]) -> None:
         """Reads an image for each row; one that cannot be read is replaced, or in evaluation left out."""
         firsts: dict[int, BadImage] = {}
         while rows:
             chosen: dict[int, int] = {}
             for row in rows:
-                image = next(queues[row], None)
+                image = next(draft.queues[row], None)
                 if image is not None:
                     chosen[row] = image
                 elif self.views.train:
                     raise no_replacement(self.source, firsts.get(row))
-            found = list(self._pool.map(self._item, chosen, chosen.values(), [plan] * len(chosen)))
+            found = list(self._pool.map(self._item, chosen.values(), [draft.who(row) for row in chosen]))
             rows = []
             for row, item in zip(chosen, found, strict=True):
                 if isinstance(item, BadImage):
-                    bad[item.path] = item.reason
+                    draft.bad[item.path] = item.reason
                     firsts.setdefault(row, item)
                     rows.append(row)
                 else:
-                    items[row] = item
+                    draft.items[row] = item
 
-    def _item(self, row: int, image: int, plan: BatchPlan) -> _Item | BadImage:
-        view, slot = int(plan.views[row]), int(plan.ids[row])
+    def _item(self, image: int, who: tuple[int, int]) -> _Item | BadImage:
         try:
             path = self.source.path(image)
             data = self.source.read(image)
@@ -140,55 +145,53 @@ class DaliReader:
             opened = open_image(data, path)
             plain = opened.format == "JPEG" and opened.mode in ("L", "RGB") and data.endswith(_END_OF_IMAGE)
             if plain and image not in self._by_pillow:
-                item.crop = self.views.crop(view, slot, *opened.size)
+                item.crop = self.views.crop(*who, *opened.size)
             else:
-                item.base = self._base(decode(data, path), plan, row)
+                item.base = self._base(decode(data, path), who)
             return item
         except BadImage as error:
             return error
 
-    def _base(self, image: Image.Image, plan: BatchPlan, row: int) -> np.ndarray:
-        view, slot = int(plan.views[row]), int(plan.ids[row])
-        return self._colour(self.views.base(image, view, slot), view, slot)
+    def _base(self, image: Image.Image, who: tuple[int, int]) -> np.ndarray:
+        return self._colour(self.views.base(image, *who), who)
 
-    def _colour(self, base: np.ndarray, view: int, slot: int) -> np.ndarray:
-        return np.asarray(self.views.colour(Image.fromarray(base), view, slot)) if self._jitter else base
+    def _colour(self, base: np.ndarray, who: tuple[int, int]) -> np.ndarray:
+        return np.array(self.views.colour(Image.fromarray(base), *who)) if self._jitter else base
 
-    def _render(
-        self, items: dict[int, _Item], queues: dict[int, Iterator[int]], plan: BatchPlan, bad: dict[str, str]
-    ) -> Tensor:
+    def _render(self, draft: _Draft) -> Tensor:
         """uint8 ``[B, S, S, 3]``, black where a row has no image; after a failure of DALI what remains is tried again."""
         while True:
-            rows = [row for row, item in items.items() if item.crop is not None]
+            rows = sorted(row for row, item in draft.items.items() if item.crop is not None)
             try:
-                views = self._dali(items, rows, plan)
+                views = self._dali(draft, rows)
                 break
             except DaliError as error:
-                self._quarantine(items, rows, queues, plan, bad, error)
-        if isinstance(views, Tensor) and len(rows) == len(plan.ids):
-            return views  # all of them, in order, where they are
-        size, on = self.views.image_size, views.device if isinstance(views, Tensor) else None
-        black = len(items) < len(plan.ids)  # rows without an image
-        bases = (torch.zeros if black else torch.empty)((len(plan.ids), size, size, 3), dtype=torch.uint8, device=on)
+                self._quarantine(draft, rows, error)
+        count, size = len(draft.plan.ids), self.views.image_size
+        if isinstance(views, Tensor) and len(rows) == count:
+            return views  # all of them, where they are
+        on = views.device if isinstance(views, Tensor) else None
+        black = len(draft.items) < count  # rows without an image
+        bases = (torch.zeros if black else torch.empty)((count, size, size, 3), dtype=torch.uint8, device=on)
         if isinstance(views, Tensor):
             bases[torch.tensor(rows, dtype=torch.int64, device=on)] = views
         else:
             out = bases.numpy()
 
             def resample(row: int, pixels: np.ndarray) -> None:
-                crop = items[row].crop
+                crop = draft.items[row].crop
                 if crop is not None:
                     self.views.resample(pixels, crop, out[row])
                     if self._jitter:
-                        out[row] = self._colour(out[row], int(plan.views[row]), int(plan.ids[row]))
+                        out[row] = self._colour(out[row], draft.who(row))
 
             list(self._pool.map(resample, rows, views))
-        for row, item in items.items():
+        for row, item in draft.items.items():
             if item.base is not None:
-                bases[row] = torch.from_numpy(np.array(item.base))
+                bases[row] = torch.from_numpy(item.base)
         return bases
 
-    def _dali(self, items: dict[int, _Item], rows: list[int], plan: BatchPlan) -> list[np.ndarray] | Tensor:
+    def _dali(self, draft: _Draft, rows: list[int]) -> list[np.ndarray] | Tensor:
         """What DALI makes of some rows: decoded crops (CPU) or whole views (GPU).
 
         Raises:
@@ -196,54 +199,48 @@ class DaliReader:
         """
         if not rows:
             return []
-        data, crops = [items[row].data for row in rows], [crop for row in rows if (crop := items[row].crop)]
-        if self._renderer is None:
-            assert self._decoder is not None
+        data = [draft.items[row].data for row in rows]
+        crops = [crop for row in rows if (crop := draft.items[row].crop)]
+        if self._decoder is not None:
             return self._decoder(data, crops)
-        jitters = [self.views.jitter(int(plan.views[r]), int(plan.ids[r])) if self._jitter else [] for r in rows]
-        return self._renderer(data, crops, jitters)
+        jitters = [self.views.jitter(*draft.who(row)) if self._jitter else [] for row in rows]
+        return self._renderer(data, crops, jitters) if self._renderer is not None else []
 
-    def _quarantine(
-        self,
-        items: dict[int, _Item],
-        rows: list[int],
-        queues: dict[int, Iterator[int]],
-        plan: BatchPlan,
-        bad: dict[str, str],
-        error: DaliError,
-    ) -> None:
+    def _quarantine(self, draft: _Draft, rows: list[int], error: DaliError) -> None:
         """Takes the images on which DALI failed out of its hands. At least one, so that this ends."""
         log.info("DALI failed on a batch of %d images; looking for the one", len(rows))
 
         def check(row: int) -> BadImage | None:
+            item = draft.items[row]
             try:
-                decode(items[row].data, self.source.path(items[row].image))
+                decode(item.data, self.source.path(item.image))
                 return None
             except BadImage as broken:
                 return broken
 
         broken = {row: found for row, found in zip(rows, self._pool.map(check, rows), strict=True) if found}
         for row, found in broken.items():
-            bad[found.path] = found.reason
-            del items[row]
+            draft.bad[found.path] = found.reason
+            del draft.items[row]
         if broken:
-            self._fill(items, list(broken), queues, plan, bad)
+            self._fill(draft, list(broken))
             return
-        culprits = self._bisect(items, rows, plan)
+        culprits = self._bisect(draft, rows)
         if not culprits:
             raise error  # alone, every one of them decodes: nothing here is to blame, and trying again would not end
         for row in culprits:
-            item = items[row]
+            item = draft.items[row]
             self._by_pillow.add(item.image)
             log.warning("DALI cannot decode %s, Pillow can and does from now on", self.source.path(item.image))
-            item.crop, item.base = None, self._base(decode(item.data, self.source.path(item.image)), plan, row)
+            item.crop, item.base = None, self._base(decode(item.data, self.source.path(item.image)), draft.who(row))
 
-    def _bisect(self, items: dict[int, _Item], rows: list[int], plan: BatchPlan) -> list[int]:
+    def _bisect(self, draft: _Draft, rows: list[int]) -> list[int]:
+        """The rows that DALI cannot decode, even alone."""
         try:
-            self._dali(items, rows, plan)
+            self._dali(draft, rows)
             return []
         except DaliError:
             if len(rows) == 1:
                 return rows
         half = len(rows) // 2
-        return self._bisect(items, rows[:half], plan) + self._bisect(items, rows[half:], plan)
+        return self._bisect(draft, rows[:half]) + self._bisect(draft, rows[half:])
