@@ -344,3 +344,21 @@ def test_workers_are_chosen_by_what_there_is_to_do(source, monkeypatch):
     assert choose_workers(source, large, 4) == 4 and choose_workers(source, large, 64) == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # 16 machines with 4 ranks each
     assert choose_workers(source, large, 64) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_plans_are_shown_before_their_batches(source, workers):
+    loader = ImageLoader(source, 4, 8, train=True, workers=workers)
+    shown: list[list[int]] = []
+    loader.watch = lambda plan: shown.append(plan.ids.tolist())
+    for number, batch in enumerate(loader.epoch(0)):
+        assert len(shown) > number and shown[number] == batch.slots.tolist()
+    assert len(shown) == loader.batches_per_epoch
+    loader.close()
+
+
+def test_threads_have_a_limit_of_their_own(source, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    large = Views(Augment(), 224, True, 0)
+    assert choose_workers(source, large, 1) == 8 and choose_workers(source, large, 1, 32) == 32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ __all__ = ["ImageLoader", "choose_workers"]
 log = logging.getLogger("xdfast")
 
 _MAX_WORKERS = 8
+_MAX_THREADS = 32  # of DALI: a thread costs no copy of the process
 _SMALL_VIEW = 64
 _MANY = 10_000
 _AHEAD = 2  # batches DALI makes ahead of the training step
@@ -49,7 +50,7 @@ class ImageLoader:
         seed: of order and views.
         rank, world_size: this process and how many share the images; every rank gets the same number of batches.
         workers: processes that read; ``"auto"``: none where small images are in memory, else one per core and
-            rank of this machine, at most 8. Under DALI threads, as many for reading as for decoding.
+            rank of this machine, at most 8. Under DALI threads, as many for reading as for decoding, at most 32.
         drop_last: leave out an incomplete last batch; default: in training.
         exact: in training, every image exactly once per epoch: the last batch is smaller, on some ranks perhaps empty, see
             :class:`EpochPlan`. Takes the place of ``drop_last``.
@@ -64,6 +65,7 @@ class ImageLoader:
     Attributes:
         decoder: the one chosen.
         decoder_reason: why.
+        watch: called with every plan of an epoch some batches before it is handed out, from whichever thread reads ahead.
         bad: path → reason of the unreadable images met so far. To continue a run, put those of the earlier part in.
         batches_per_epoch: per rank, the same on every rank.
 
@@ -101,7 +103,9 @@ class ImageLoader:
         self.batches_per_epoch = self._plan.batches_per_epoch
         self.batch_size = self._plan.batch_size
         self.decoder, self.decoder_reason = choose_decoder(decoder, source, views)
-        self.workers = choose_workers(source, views, world_size) if workers == "auto" else workers
+        threads = _MAX_WORKERS if self.decoder == "pillow" else _MAX_THREADS
+        self.workers = choose_workers(source, views, world_size, threads) if workers == "auto" else workers
+        self.watch: Callable[[BatchPlan], None] | None = None
         self._turn = 0
         make = _Worked if self.decoder == "pillow" else _Threaded
         self._engine: _Worked | _Threaded = make(self._plan, source, views, self.workers, self.decoder, digests)
@@ -127,7 +131,10 @@ class ImageLoader:
             raise ValueError(f"epoch must be ≥ 0, got {epoch!r}")
         if not 0 <= start <= self.batches_per_epoch:
             raise ValueError(f"start must be in [0, {self.batches_per_epoch}], the batches of an epoch, got {start!r}")
-        return self._batches(self._plan.batches(epoch, start), start, f"epoch {epoch}")
+        plans: Iterator[BatchPlan] = self._plan.batches(epoch, start)
+        if self.watch is not None:
+            plans = map(_watched(self.watch), plans)
+        return self._batches(plans, start, f"epoch {epoch}")
 
     def rows(self, number: int) -> int:
         """Rows of batch ``number`` of an epoch on all ranks together."""
@@ -262,8 +269,8 @@ class _Plans(torch.utils.data.Sampler[BatchPlan]):
             yield plan
 
 
-def choose_workers(source: ImageSource, views: Views, world_size: int) -> int:
-    """Workers for ``"auto"``.
+def choose_workers(source: ImageSource, views: Views, world_size: int, most: int = _MAX_WORKERS) -> int:
+    """Workers for ``"auto"``, at most ``most``.
 
     Shipping a batch between processes costs more than making it where pixels are in memory and views are cheap.
     """
@@ -273,7 +280,7 @@ def choose_workers(source: ImageSource, views: Views, world_size: int) -> int:
     # The cores are shared by the ranks of this machine, which torchrun counts, not by those of all machines.
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(np.clip(cores // min(ranks_here, world_size), 1, _MAX_WORKERS))
+    return int(np.clip(cores // min(ranks_here, world_size), 1, most))
 
 
 def _with_rows(plans: Iterator[BatchPlan], empty: list[BatchPlan]) -> Iterator[BatchPlan]:
@@ -282,6 +289,14 @@ def _with_rows(plans: Iterator[BatchPlan], empty: list[BatchPlan]) -> Iterator[B
             yield plan
         else:
             empty.append(plan)
+
+
+def _watched(watch: Callable[[BatchPlan], None]) -> Callable[[BatchPlan], BatchPlan]:
+    def pass_on(plan: BatchPlan) -> BatchPlan:
+        watch(plan)
+        return plan
+
+    return pass_on
 
 
 def _unchanged(item: Any) -> Any:
