@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 __all__ = [
     "all_equal",
+    "any_rank",
     "barrier",
     "broadcast",
     "device_for_rank",
@@ -88,6 +89,12 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def any_rank(value: bool) -> bool:
+    """Whether ``value`` holds on any rank; every rank gets the same answer."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return sum_over_ranks([float(value)], device)[0] > 0
 
 
 def all_equal(value: Any, what: str) -> None:

@@ -103,8 +103,8 @@ class CachedTeacher:
 
     def begin_epoch(self, epoch: int) -> None:
         """After K epochs computes the views that incomplete last batches left out; then lets the teacher go."""
-        distributed.barrier()
-        if epoch >= self.store.layout.views and not self.store.complete:
+        distributed.barrier()  # what the ranks wrote is there
+        if epoch >= self.store.layout.views and distributed.any_rank(not self.store.complete):
             self.fill()
         if self._net is not None and self.store.complete:
             self._net = None
@@ -134,8 +134,9 @@ class CachedTeacher:
     def fill(self) -> int:
         """Computes every row that is missing, shared by the ranks; returns how many this one did."""
         ids, views = self.store.missing()
-        rank, world = distributed.rank(), distributed.world_size()
-        ids, views = ids[rank::world], views[rank::world]
+        # By id, not by place in the list: a rank that looks later, or through a network file system, sees another list.
+        mine = ids % distributed.world_size() == distributed.rank()
+        ids, views = ids[mine], views[mine]
         size = self._loader.batch_size
         plans = [BatchPlan(ids[i : i + size], views[i : i + size]) for i in range(0, len(ids), size)]
         line = ProgressLine("teacher cache", len(plans), enabled=self._progress and distributed.is_main())
