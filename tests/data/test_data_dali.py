@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import shutil
 import time
 from pathlib import Path
 
@@ -211,13 +212,11 @@ def test_whole_views_by_dali_go_to_their_rows(tmp_path, files, damage) -> None:
     dali.close()
 
 
-@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
 def test_the_loader_is_the_same_with_either_decoder_and_after_an_interruption(tmp_path, kind):
     root = folder(tmp_path / "root", zoo())
-    if kind == "zip":
-        import shutil
-
-        root = Path(shutil.make_archive(str(tmp_path / "all"), "zip", root))
+    if kind != "folder":
+        root = Path(shutil.make_archive(str(tmp_path / "all"), kind, root))
     source = open_source(root, val_fraction=None)
     loaders = {
         (decoder, workers): ImageLoader(
