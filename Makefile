@@ -88,7 +88,7 @@ bench-data: $(STAMP)
 
 bench-cache: $(STAMP)
 	@mkdir -p bench/results/cpu
-	@"$(BIN)/pytest" bench/bench_cache.py --benchmark-only --benchmark-json=bench/results/cpu/cache.json $(ARGS)
+	@"$(BIN)/pytest" bench/bench_cache.py -m "not gpu" --benchmark-only --benchmark-json=bench/results/cpu/cache.json $(ARGS)
 
 bench-gpu: $(STAMP)
 	@PYTHON="$(BIN)/python" bash bench/gpu.sh

@@ -27,7 +27,9 @@ echo "=== $device: tests"
 pytest -m gpu -q 2>&1 | tee "$results/tests.txt"
 tests="${PIPESTATUS[0]}"
 echo "=== $device: benchmarks"
-pytest bench -m gpu -k cuda --benchmark-only --benchmark-json="$results/rsd.json" -q
+pytest bench/bench_rsd.py -m gpu -k cuda --benchmark-only --benchmark-json="$results/rsd.json" -q
 benchmarks="$?"
+pytest bench/bench_cache.py -m gpu -k cuda --benchmark-only --benchmark-json="$results/cache.json" -q
+benchmarks="$((benchmarks + $?))"
 echo "tests: $tests, benchmarks: $benchmarks; figures in $results"
 [[ "$tests" = 0 && "$benchmarks" = 0 ]]
