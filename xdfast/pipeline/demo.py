@@ -216,7 +216,7 @@ def _student(config: DemoConfig, plan: _Plan, out: Path, method: str, seed: int,
         settings = few | size | _schedule(plan.scratch_epochs, 2e-3)
         return finetune(config.student, **settings, out=str(out / f"scratch-seed{seed}"))
     imitation = plan.shared | {"seed": seed, "ce_weight": 0.0, "student_size": plan.size, "student_options": options}
-    imitation |= {"teacher": teacher, "student": config.student, "loss": method}
+    imitation |= {"teacher": teacher, "student": config.student, "loss": method, "monitor": 0}  # the page shows stage 2
     first = distill(
         **imitation, **_schedule(plan.distill_epochs, 2e-3), out=str(out / f"{method}-seed{seed}-distilled")
     )

@@ -82,7 +82,11 @@ def run_training(
     val = eval_loader(images.val, size, batch_size=config.batch_size, workers=config.workers, decoder=config.decoder)
 
     def validate(net: nn.Module) -> dict[str, float]:
-        return accuracy(net, val, device) if monitor is None else monitor(net)
+        if monitor is not None:
+            return monitor(net)
+        return (
+            accuracy(net, val, device) if getattr(task, "uses_logits", True) else {}
+        )  # of a classifier that is trained
 
     began = time.monotonic()
     pixels = "gpu" if loader.decoder == "dali-gpu" else "cpu"  # Pillow and DALI on the CPU give the same
