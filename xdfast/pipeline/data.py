@@ -95,7 +95,8 @@ def train_loader(
         exact=config.tail == "exact",
         **cached,
     )
-    log.info("views by %s (%s)", loader.decoder, loader.decoder_reason)
+    told = log.info if source.encoded else log.debug  # pixels in memory leave no choice
+    told("views by %s (%s)", loader.decoder, loader.decoder_reason)
     return loader, batch_augment
 
 
