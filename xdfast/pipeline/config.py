@@ -173,6 +173,7 @@ class TrainConfig(_DataConfig):
             "workers",
             "decoder",
             "overlap",
+            "monitor",
             "device",
             "log_every",
             "checkpoint_seconds",
