@@ -30,8 +30,17 @@ TOLERANCES: dict[tuple[str, torch.dtype | str], float] = {
 
 #: Views against Pillow's resize, in steps of 0..255. torch's and Pillow's 8-bit kernels round their weights to 15 and 22
 #: bits, and Pillow clamps between its two passes, where bicubic overshoots: on noise (the worst picture for it) up to 20.
-#: "mean" is per image; photographs of ImageNet have 0.03. "dali" is DALI's own resize, as used on a GPU.
-VIEW_LSB: dict[str, float] = {"mean": 0.5, "bilinear": 1, "bicubic": 24, "lanczos": 0, "dali mean": 0.25}
+#: "mean" is per image; photographs of ImageNet have 0.03, the promise for them is 0.25. "dali" is DALI's own resize, as used
+#: on a GPU: 0.16 to 0.18 on ImageNet; jitter multiplies it by up to 1.4 three times (the worst of 250 had 0.77).
+VIEW_LSB: dict[str, float] = {
+    "photographs": 0.25,
+    "mean": 0.5,
+    "bilinear": 1,
+    "bicubic": 24,
+    "lanczos": 0,
+    "dali mean": 0.25,
+    "dali mean, jittered": 0.8,
+}
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -14,9 +14,12 @@ import torch
 from PIL import Image, ImageFilter
 from tolerances import VIEW_LSB
 
-from xdfast.data import Augment, ImageLoader, open_source
+from xdfast.data import Augment, BadImage, ImageLoader, open_source
 from xdfast.data.batches import BatchPlan
+from xdfast.data.crops import Crop
+from xdfast.data.decode import open_image
 from xdfast.data.decoder import choose_decoder
+from xdfast.data.jpeg import is_plain_jpeg
 from xdfast.data.reader import BatchReader
 from xdfast.data.views import Views
 
@@ -122,21 +125,54 @@ def test_broken_files_are_replaced_or_marked_alike(tmp_path, train):
     dali.close()
 
 
-def test_a_failure_inside_dali_costs_one_image_and_little_time(tmp_path, caplog):
-    """A file that passes the look at header and end marker, so that DALI finds out, without naming it."""
-    source = open_source(folder(tmp_path, {}), val_fraction=None)
-    dali = DaliReader(source, Views(Augment(scale=(1.0, 1.0)), 32, True, 0), 12, 2, None, False)
-    plan = BatchPlan(np.arange(12), np.zeros(12, dtype=np.int64))
+def broken_tables(seed: int = 9) -> bytes:
+    """A JPEG whose header reads well and which ends as it should, with its Huffman tables cut off."""
+    return b"\xff\xd8\xff\xe0" + jpeg(photograph(seed))[4:600] + b"\0" * 50 + b"\xff\xd9"
+
+
+def test_a_file_that_would_crash_dali_does_not_reach_it(tmp_path, monkeypatch):
+    """In a batch of this size an error inside DALI 2.4 is mostly a segmentation fault."""
+    source = open_source(folder(tmp_path, {}, good=64), val_fraction=None)
+    dali = DaliReader(source, Views(Augment(scale=(1.0, 1.0)), 32, True, 0), 64, 2, None, False)
+    plan = BatchPlan(np.arange(64), np.zeros(64, dtype=np.int64))
     before = dali[plan]
-    Path(source.path(7)).write_bytes(b"\xff\xd8\xff\xe0" + jpeg(photograph(9))[4:600] + b"\0" * 50 + b"\xff\xd9")
+    Path(source.path(7)).write_bytes(broken_tables())
+    real, given = DaliDecoder.__call__, []
+    monkeypatch.setattr(
+        DaliDecoder, "__call__", lambda self, data, crops: given.extend(data) or real(self, data, crops)
+    )
     began = time.monotonic()
-    with caplog.at_level(logging.INFO, "xdfast"):
-        after = dali[plan]
-    assert time.monotonic() - began < 3 and "DALI failed on a batch of 12 images" in caplog.text
+    after = dali[plan]
+    assert time.monotonic() - began < 3 and given and broken_tables() not in given
     assert list(after.bad) == [source.path(7)]
-    rows = np.arange(12) != 7
+    rows = np.arange(64) != 7
     assert after.images[rows].equal(before.images[rows]) and int(after.ids[7]) != 7 and after.valid.all()
     dali.close()
+
+
+def test_what_is_called_plain_dali_decodes():
+    """Damage of every kind at random places; one image a batch, where an error of DALI's is an error."""
+    rng, decoder, passed = np.random.default_rng(0), DaliDecoder(1, 1), 0
+    whole = [jpeg(photograph(i)) for i in range(4)] + [jpeg(photograph(5), subsampling=0), zoo()["gray.jpg"]]
+    assert all(map(is_plain_jpeg, whole))
+    for name in ("progressive.jpg", "trailing.jpg", "cmyk.jpg", "rgba.png"):
+        assert not is_plain_jpeg(zoo()[name])
+    assert not any(map(is_plain_jpeg, [*BROKEN.values(), broken_tables()]))
+    for _ in range(2000):
+        data = bytearray(whole[rng.integers(len(whole))])
+        place = int(rng.integers(2, 700 if rng.random() < 0.7 else len(data) - 2))
+        count = max(0, min(int(rng.choice([1, 4, 20, 200])), len(data) - 2 - place))
+        data[place : place + count] = rng.integers(0, 256, count, dtype=np.uint8).tobytes()
+        if is_plain_jpeg(bytes(data)):
+            try:
+                size = open_image(bytes(data), "").size
+            except BadImage:  # too large, or no image to Pillow
+                continue
+            if size[0] * size[1] < 1_000_000:
+                passed += 1
+                decoder([bytes(data)], [Crop((0, 0, *size), (8, 8), (0, 0))])
+    assert passed > 300
+    decoder.close()
 
 
 def test_what_only_dali_refuses_is_decoded_by_pillow_from_then_on(tmp_path, monkeypatch, caplog):
@@ -189,26 +225,39 @@ def test_the_graph_for_gpus_makes_the_same_views_on_the_cpu(interpolation, train
     for i, data in enumerate(files):
         base = views.render(Image.open(io.BytesIO(data)).convert("RGB"), crops[i])
         expected = np.asarray(views.colour(Image.fromarray(base), 2, i))
-        assert np.abs(ours[i].astype(int) - expected.astype(int)).mean() <= VIEW_LSB["dali mean"] * (3 if jitter else 1)
+        assert (
+            np.abs(ours[i].astype(int) - expected.astype(int)).mean()
+            <= VIEW_LSB["dali mean, jittered" if jitter else "dali mean"]
+        )
     renderer.close()
 
 
 @pytest.mark.parametrize(
     ("files", "damage"), [({}, False), ({}, True), ({"late.png": zoo()["rgba.png"], **BROKEN}, True)]
 )
-def test_whole_views_by_dali_go_to_their_rows(tmp_path, files, damage) -> None:
+def test_whole_views_by_dali_go_to_their_rows(tmp_path, monkeypatch, files, damage) -> None:
     """The way of a GPU, with its graph on the CPU: also where a file fails inside DALI and its row is filled later."""
     source = open_source(folder(tmp_path, files), val_fraction=None)
     if damage:
-        Path(source.path(3)).write_bytes(b"\xff\xd8\xff\xe0" + jpeg(photograph(9))[4:600] + b"\0" * 50 + b"\xff\xd9")
+        Path(source.path(3)).write_bytes(broken_tables())
+        # As if DALI found out, without letting it: that would be the process's end.
+        monkeypatch.setattr("xdfast.data.dali_reader.is_plain_jpeg", lambda data: data.endswith(b"\xff\xd9"))
+        real = DaliRenderer.__call__
+
+        def strict(self, encoded, crops, jitters):
+            if broken_tables() in encoded:
+                raise DaliError("cannot decode")
+            return real(self, encoded, crops, jitters)
+
+        monkeypatch.setattr(DaliRenderer, "__call__", strict)
     views, count = Views(Augment(color_jitter=0.3), 48, True, 3), len(source)
     pillow, dali = readers(source, views, batch=count)
-    dali._decoder, dali._renderer = None, DaliRenderer(count, 48, "bicubic", 2, None, True)
+    dali._dali = DaliRenderer(count, 48, "bicubic", 2, None, True)
     plan = BatchPlan(np.arange(count), np.ones(count, dtype=np.int64))
     ours, theirs = dali[plan], pillow[plan]
     assert ours.ids.equal(theirs.ids) and ours.digests.equal(theirs.digests) and set(ours.bad) == set(theirs.bad)
     off = (ours.images.int() - theirs.images.int()).abs().float().mean((1, 2, 3))
-    assert off.max() <= 3 * VIEW_LSB["dali mean"]  # a row in another's place is off by tens
+    assert off.max() <= VIEW_LSB["dali mean, jittered"]  # a row in another's place is off by tens
     dali.close()
 
 

@@ -109,6 +109,19 @@ def test_the_pixels_are_those_of_timm_and_torchvision(picture, interpolation, tr
         assert off.mean() <= VIEW_LSB["mean"] and off.max() <= VIEW_LSB[interpolation]
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_smooth_pictures_are_within_a_quarter_step_of_timm(picture, interpolation):
+    from timm.data import create_transform
+
+    views = Views(Augment(interpolation=interpolation, crop_pct=0.875), 64, False, 0)
+    theirs = create_transform(64, interpolation=interpolation, crop_pct=0.875, normalize=False)
+    off = []
+    for number in range(20):
+        image = picture(number, (9, 7)).resize((130 + 7 * number, 170 - 3 * number), Image.Resampling.BICUBIC)
+        off.append(np.abs(view(views, image).numpy().astype(int) - np.asarray(theirs(image)).astype(int)).mean())
+    assert np.mean(off) <= VIEW_LSB["photographs"]
+
+
 def test_jitter_is_that_of_torchvision(picture):
     from torchvision.transforms import functional
 

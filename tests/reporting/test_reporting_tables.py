@@ -76,6 +76,17 @@ def test_only_the_seed_may_differ_within_a_method() -> None:
     assert "again" in notes[0] and "not an independent repetition" in notes[0]
 
 
+def test_what_leaves_a_result_alone_makes_no_other_method() -> None:
+    """Seeds of one method run where there was room: one with DALI, one without, one sharded."""
+    other = (
+        {"decoder": "dali", "monitor": 0},
+        {"decoder": "auto", "overlap": True},
+        {"parallel": "fsdp", "workers": 3},
+    )
+    groups, _ = group_runs([run(str(seed), seed=seed, config=config) for seed, config in enumerate(other)])
+    assert len(groups) == 1 and len(groups[0].runs) == 3
+
+
 def test_students_of_other_architecture_are_other_rows() -> None:
     groups, _ = group_runs([run(model="resnet18"), run(model="vit", seed=1)])
     assert [g.label for g in groups] == ["RSD · resnet18", "RSD · vit"]

@@ -1,10 +1,11 @@
 """``DaliReader``: the same batches as :class:`BatchReader`, JPEGs decoded by DALI, on the CPU or a GPU.
 
-Pillow stays the judge. A file's header is read by it, so unreadable files are found before DALI sees them. What DALI would
-decode otherwise, or no faster (anything but 8-bit grey and RGB JPEGs, and JPEGs without an end marker, of which DALI's
-region decoder notices nothing), is decoded by Pillow, in threads. Where DALI fails on a batch, Pillow finds the culprits,
-they are replaced, and the same batch is made again. What remains different: a JPEG damaged in the middle, over which DALI
-passes in silence (``xdfast data check --full`` finds what Pillow notices of it).
+Pillow stays the judge. It reads every header, so files that are no images are found before DALI sees them. What DALI would
+decode otherwise or no faster, and every JPEG whose structure is not plain and whole (:func:`is_plain_jpeg`), is decoded by
+Pillow, in threads. That matters: an error inside DALI 2.4 ends its pipeline without naming the file, and with some 30 images
+in a batch often the process (segmentation fault, other images still being decoded). Should it raise all the same, Pillow
+finds the culprits, they are replaced, and the same batch is made again. What remains different: wrong values inside a
+JPEG's scan, over which DALI passes in silence (``xdfast data check --full`` finds what Pillow notices of them).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from xdfast.data.batches import PADDING, BatchPlan
 from xdfast.data.crops import Crop
 from xdfast.data.dali import DaliDecoder, DaliError, DaliRenderer
 from xdfast.data.decode import BadImage, decode, open_image
+from xdfast.data.jpeg import is_plain_jpeg
 from xdfast.data.reader import Batch, candidates, make_batch, no_replacement
 from xdfast.data.sources import ImageSource
 from xdfast.data.views import Views
@@ -31,8 +33,6 @@ from xdfast.data.views import Views
 __all__ = ["DaliReader"]
 
 log = logging.getLogger("xdfast")
-
-_END_OF_IMAGE = b"\xff\xd9"
 
 
 @dataclass
@@ -82,12 +82,10 @@ class DaliReader:
         self._labels = np.asarray(source.labels, dtype=np.int64)
         # Shifted ('pad') images are coloured after the shift: the black border belongs to the mean that contrast keeps.
         self._jitter = views.coloured and views.augment.train_crop != "pad"
-        self._decoder = DaliDecoder(batch_size, threads) if device is None else None
-        self._renderer = (
-            None
-            if device is None
-            else DaliRenderer(batch_size, views.image_size, views.augment.interpolation, threads, device, self._jitter)
-        )
+        size, interpolation = views.image_size, views.augment.interpolation
+        self._dali: DaliDecoder | DaliRenderer = DaliDecoder(batch_size, threads)
+        if device is not None:
+            self._dali = DaliRenderer(batch_size, size, interpolation, threads, device, self._jitter)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="xdfast-read")
         self._by_pillow: set[int] = set()  # images that Pillow can decode and DALI cannot
 
@@ -110,9 +108,7 @@ class DaliReader:
     def close(self) -> None:
         """Ends the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for graph in (self._decoder, self._renderer):
-            if graph is not None:
-                graph.close()
+        self._dali.close()
 
     def _fill(self, draft: _Draft, rows: list[int]) -> None:
         """Reads an image for each row; one that cannot be read is replaced, or in evaluation left out."""
@@ -143,8 +139,7 @@ class DaliReader:
                 raise BadImage(path, "the source has no file for it")
             item = _Item(image, data, zlib.crc32(data) if self.digests else 0)
             opened = open_image(data, path)
-            plain = opened.format == "JPEG" and opened.mode in ("L", "RGB") and data.endswith(_END_OF_IMAGE)
-            if plain and image not in self._by_pillow:
+            if opened.mode in ("L", "RGB") and is_plain_jpeg(data) and image not in self._by_pillow:
                 item.crop = self.views.crop(*who, *opened.size)
             else:
                 item.base = self._base(decode(data, path), who)
@@ -163,7 +158,7 @@ class DaliReader:
         while True:
             rows = sorted(row for row, item in draft.items.items() if item.crop is not None)
             try:
-                views = self._dali(draft, rows)
+                views = self._run_dali(draft, rows)
                 break
             except DaliError as error:
                 self._quarantine(draft, rows, error)
@@ -191,7 +186,7 @@ class DaliReader:
                 bases[row] = torch.from_numpy(item.base)
         return bases
 
-    def _dali(self, draft: _Draft, rows: list[int]) -> list[np.ndarray] | Tensor:
+    def _run_dali(self, draft: _Draft, rows: list[int]) -> list[np.ndarray] | Tensor:
         """What DALI makes of some rows: decoded crops (CPU) or whole views (GPU).
 
         Raises:
@@ -201,10 +196,10 @@ class DaliReader:
             return []
         data = [draft.items[row].data for row in rows]
         crops = [crop for row in rows if (crop := draft.items[row].crop)]
-        if self._decoder is not None:
-            return self._decoder(data, crops)
+        if isinstance(self._dali, DaliDecoder):
+            return self._dali(data, crops)
         jitters = [self.views.jitter(*draft.who(row)) if self._jitter else [] for row in rows]
-        return self._renderer(data, crops, jitters) if self._renderer is not None else []
+        return self._dali(data, crops, jitters)
 
     def _quarantine(self, draft: _Draft, rows: list[int], error: DaliError) -> None:
         """Takes the images on which DALI failed out of its hands. At least one, so that this ends."""
@@ -237,7 +232,7 @@ class DaliReader:
     def _bisect(self, draft: _Draft, rows: list[int]) -> list[int]:
         """The rows that DALI cannot decode, even alone."""
         try:
-            self._dali(draft, rows)
+            self._run_dali(draft, rows)
             return []
         except DaliError:
             if len(rows) == 1:

@@ -14,6 +14,7 @@ import yaml
 
 from xdfast.data.decoder import DECODERS
 from xdfast.errors import nearest
+from xdfast.settings import FREE_SETTINGS
 
 __all__ = ["DistillConfig", "EvaluateConfig", "FinetuneConfig", "TrainConfig", "load_yaml", "save_yaml"]
 
@@ -167,23 +168,7 @@ class TrainConfig(_DataConfig):
     """Throw away what is in OUT if it belongs to another config."""
 
     #: Settings that may differ when a run is continued: they do not change its result.
-    FREE: ClassVar[frozenset[str]] = frozenset(
-        {
-            "out",
-            "workers",
-            "decoder",
-            "overlap",
-            "monitor",
-            "device",
-            "log_every",
-            "checkpoint_seconds",
-            "tensorboard",
-            "progress",
-            "overwrite",
-            "parallel",  # these two: but for rounding, and the resume file is the same
-            "channels_last",
-        }
-    )
+    FREE: ClassVar[frozenset[str]] = FREE_SETTINGS
 
     def validate(self) -> None:
         """Checks every value before any work.

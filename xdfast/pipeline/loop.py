@@ -343,8 +343,8 @@ class _Session:
 
     def __init__(self, seconds_before: float, checkpoint_seconds: float) -> None:
         self._before, self._every = seconds_before, checkpoint_seconds
-        self._began = self._saved_at = self._marked = time.monotonic()
-        self._images = self._marked_images = 0
+        self._began = self._saved_at = time.monotonic()
+        self._images = 0
         self._stop = False  # asked of this process, at any moment
         self._stopping = False  # agreed with the other ranks, and so preceded by a save
         self._signal = 0

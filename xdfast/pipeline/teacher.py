@@ -89,17 +89,11 @@ class CachedTeacher:
     ) -> None:
         self.store = store
         self.kinds = kinds
-        self.computed = 0
-        self.read = 0
+        self._computed = self._read = 0
         self._load, self._loader, self._progress = load, loader, progress
         self._net = net
         self._changed: set[str] = set()
         loader.watch = self._fetch_ahead
-
-    @property
-    def loaded(self) -> bool:
-        """Whether the teacher takes up memory."""
-        return self._net is not None
 
     def begin_epoch(self, epoch: int) -> None:
         """After K epochs computes the views that incomplete last batches left out; then lets the teacher go."""
@@ -117,7 +111,7 @@ class CachedTeacher:
         slots, views, digests = batch.slots.numpy(), batch.views.numpy(), batch.digests.numpy()
         stored, status = self.store.read(slots, views, digests)
         if (status == HIT).all():
-            self.read += len(status)
+            self._read += len(status)
             return {kind: stored[kind].to(images.device, non_blocking=True) for kind in self.kinds}
         for row in np.flatnonzero(status == CHANGED):
             self._tell_changed(int(batch.ids[row]))
@@ -128,7 +122,7 @@ class CachedTeacher:
         index = torch.from_numpy(new)
         on_host = {kind: value.cpu() for kind, value in computed.items()}
         self.store.write(slots[new], views[new], digests[new], {k: v[index] for k, v in on_host.items()})
-        self.computed += len(status)
+        self._computed += len(status)
         return {kind: self._rounded(value) for kind, value in computed.items()}
 
     def fill(self) -> int:
@@ -160,6 +154,7 @@ class CachedTeacher:
         """Brings everything to the disk."""
         self._loader.watch = None
         self.store.close()
+        log.info("teacher cache: %s rows read, %s computed in this session", f"{self._read:,}", f"{self._computed:,}")
 
     def _compute(self, images: Tensor) -> dict[str, Tensor]:
         return _outputs(self._teacher(), images, self.kinds)

@@ -10,25 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from xdfast.reporting.records import RunRecord
+from xdfast.settings import FREE_SETTINGS
 
 __all__ = ["Group", "group_runs"]
 
-#: Settings that do not change a run's result, and the seed.
-_IGNORED = frozenset(
-    [
-        "seed",
-        "out",
-        "workers",
-        "device",
-        "log_every",
-        "checkpoint_seconds",
-        "tensorboard",
-        "progress",
-        "overwrite",
-        "kind",
-        "eval_every",
-    ]
-)
+#: What does not make another method of a run: settings that leave its result alone, how often it was looked at, its seed.
+_IGNORED = FREE_SETTINGS | {"seed", "kind", "eval_every"}
 
 
 @dataclass
