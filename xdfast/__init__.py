@@ -82,7 +82,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; nothing of it runs
 
 
 #: Sub-packages reachable as attributes, loaded on first use like the names above.
-_ROOMS = ("data", "losses", "models", "nn", "ops", "pipeline", "reporting")
+_ROOMS = ("data", "losses", "models", "nn", "ops", "pipeline", "reporting", "robot")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,1 @@
+"""Demonstrations: our format, and readers for those of others; nothing here imports torch."""

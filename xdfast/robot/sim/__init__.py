@@ -1,0 +1,1 @@
+"""Simulators behind one interface; nothing here imports torch."""
