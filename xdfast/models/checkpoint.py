@@ -1,15 +1,15 @@
-"""Files that are whole or not there: written aside, flushed to the disk, then renamed into place."""
+"""Checkpoint files that are whole or not there, with errors that say what to do."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from xdfast.atomic import write_whole
 
 __all__ = ["CheckpointError", "atomic_write", "load_resume", "save_resume"]
 
@@ -27,22 +27,14 @@ def atomic_write(path: str | Path, write: Callable[[Path], Any]) -> None:
         CheckpointError: the file cannot be written.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
     try:
-        write(aside)
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        _sync_folder(path.parent)
+        write_whole(path, write)
     # torch.save reports a full disk as a RuntimeError, safetensors as an error of its own
     except (OSError, RuntimeError, _safetensors_error()) as error:
         kept = "; the file that was there before is unharmed" if path.exists() else ""
         raise CheckpointError(
             f"cannot write {path}: {error}{kept}. Free some space, or choose another folder"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
 
 
 def save_resume(path: str | Path, state: dict[str, Any]) -> None:
@@ -75,16 +67,6 @@ def load_resume(path: str | Path) -> dict[str, Any]:
             f"{path} is not a resume file (it holds a {type(state).__name__}); delete it to start the run again"
         )
     return state
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself survive a power cut, where folders can be opened (not on Windows)."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _safetensors_error() -> type[Exception]:
