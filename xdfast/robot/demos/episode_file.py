@@ -146,5 +146,5 @@ def _crc(index: int, seed: int | None, tensors: dict[str, np.ndarray]) -> int:
     for name in sorted(tensors):
         values = tensors[name]
         crc = zlib.crc32(f"{name} {values.dtype} {list(values.shape)}".encode(), crc)
-        crc = zlib.crc32(memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8)), crc)
+        crc = zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data, crc)
     return crc
