@@ -14,7 +14,7 @@ from types import ModuleType
 
 from xdfast.robot.sim.gl import renderer
 
-__all__ = ["become_worker", "cause_of_death", "spawning"]
+__all__ = ["WorkerError", "become_worker", "cause_of_death", "spawning"]
 
 # One core each: the workers are what runs in parallel. LP_NUM_THREADS is Mesa's software renderer.
 _ONE_THREAD = (
@@ -25,6 +25,10 @@ _ONE_THREAD = (
     "VECLIB_MAXIMUM_THREADS",
 )
 _LOCK = threading.Lock()
+
+
+class WorkerError(RuntimeError):
+    """A simulator process failed, died or hung; the message names the task and the worker."""
 
 
 @contextlib.contextmanager

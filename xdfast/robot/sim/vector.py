@@ -15,7 +15,7 @@ import numpy as np
 
 from xdfast.robot.sim.env import SimEnv, check_actions  # first: says so where the robot extra is missing
 from xdfast.robot.sim.names import task_spec
-from xdfast.robot.sim.processes import become_worker, cause_of_death, spawning
+from xdfast.robot.sim.processes import WorkerError, become_worker, cause_of_death, spawning
 from xdfast.robot.sim.task import TaskSpec
 
 import gymnasium  # isort: skip
@@ -23,10 +23,6 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode  # isort: skip
 from gymnasium.vector.async_vector_env import _async_worker  # isort: skip
 
 __all__ = ["SimVectorEnv", "WorkerError", "vector_env"]
-
-
-class WorkerError(RuntimeError):
-    """A simulator process failed, died or hung; the message names the task and the worker. The vector is closed."""
 
 
 def _worker(index: int, env_fn: Callable[[], gymnasium.Env], *rest: Any) -> None:
