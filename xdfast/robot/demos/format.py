@@ -15,12 +15,13 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from xdfast.atomic import write_whole
+from xdfast.errors import nearest
 from xdfast.robot.demos.episode import Episode
 from xdfast.robot.demos.episode_file import EpisodeHeader, read_episode, read_header, write_episode
 from xdfast.robot.demos.errors import DemoError
@@ -139,20 +140,25 @@ class DemoFolder:
 
     Args:
         path: the folder.
+        cameras: which cameras, in which order; default all.
 
     Raises:
-        DemoError: not such a folder, or the header of an episode is damaged.
+        DemoError: not such a folder, no such camera, or the header of an episode is damaged.
     """
 
     format = "xdfast"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, cameras: Sequence[str] | None = None) -> None:
         self.path = path
         self.manifest = Manifest.load(path)
+        there = self.manifest.cameras
+        for name in cameras or ():
+            if name not in there:
+                raise DemoError(f"{path} has no camera {name!r}.{nearest(name, there)} It has: {', '.join(there)}")
         self._paths = list(_episode_paths(path).values())
         self._headers = [read_header(file) for file in self._paths]
         self.task = self.manifest.task
-        self.image_sizes = dict(self.manifest.cameras)
+        self.image_sizes = {name: there[name] for name in (there if cameras is None else cameras)}
         self.fps = self.manifest.fps
         self.action_dim, self.state_dim = self.manifest.action_dim, self.manifest.state_dim
         self.lengths = [header.length for header in self._headers]
@@ -163,6 +169,10 @@ class DemoFolder:
         header, episode = read_episode(self._paths[i])
         if header != self._headers[i]:
             raise DemoError(f"{self._paths[i]} has changed since it was opened; open the folder again")
+        # a camera that an episode lacks is left out here, and reported as missing by whoever checks the episode; one that the
+        # manifest does not know stays in, to be reported as well
+        unused = set(self.manifest.cameras) - set(self.image_sizes)
+        episode.images = {name: frames for name, frames in episode.images.items() if name not in unused}
         return episode
 
     def where(self, i: int) -> str:
