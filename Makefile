@@ -20,7 +20,7 @@ STAMP := $(VENV)/.xdfast-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml setup.py $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \))
 
-.PHONY: help install demo test test-slow test-gpu bench bench-data bench-cache bench-gpu figures lint format build clean
+.PHONY: help install install-robot demo test test-slow test-gpu bench bench-data bench-cache bench-robot bench-gpu figures lint format build clean
 
 help:
 	@echo "make demo        train a small student from a teacher on real images, write a report (about 4 minutes on 2 cores)"
@@ -29,10 +29,12 @@ help:
 	@echo "make bench       benchmarks; writes bench/results/cpu (make bench-gpu: GPU tests and benchmarks)"
 	@echo "make bench-data  the image loader; writes bench/results/cpu/data.json (XDFAST_BENCH_IMAGES=folder: with your images)"
 	@echo "make bench-cache an epoch with a live teacher against one from the teacher cache (about 4 minutes)"
+	@echo "make bench-robot frames/s of simulated tasks; writes bench/results/cpu/robot_sim.json"
 	@echo "make figures     the README's table from bench/results"
 	@echo "make lint        ruff, import rules, types          make format   let ruff rewrite"
 	@echo "make build       wheel and source archive in dist/"
 	@echo "make install     only set up the environment: $(VENV)"
+	@echo "make install-robot  what simulated robot tasks need: packages and OSMesa (part of make install where that can be done)"
 	@echo "make clean       remove what was built (the environment stays)"
 
 install: $(STAMP)
@@ -58,7 +60,12 @@ $(STAMP): $(INPUTS)
 	@echo "building the compiled extension"
 	@$(PIP) install --no-build-isolation --no-deps -e .
 	@"$(BIN)/python" -c 'import json; i = json.load(open("xdfast/_build_info.json")); print("compiled extension: built for torch " + i["torch"] if i["built"] else "compiled extension: not built, xdfast runs without it (" + i["reason"] + "); `xdfast doctor` says how to build it")'
+	@"$(BIN)/python" -m xdfast.robot.sim.install
 	@touch "$@"
+
+# Packages, and OSMesa by apt-get as root; otherwise it prints what to run. Never an error.
+install-robot: $(STAMP)
+	@"$(BIN)/python" -m xdfast.robot.sim.install
 
 demo: $(STAMP)
 	@"$(BIN)/xdfast" demo $(if $(DATA),--data "$(DATA)") $(if $(TEACHER),--teacher "$(TEACHER)") $(if $(STUDENT),--student "$(STUDENT)") $(ARGS)
@@ -89,6 +96,10 @@ bench-data: $(STAMP)
 bench-cache: $(STAMP)
 	@mkdir -p bench/results/cpu
 	@"$(BIN)/pytest" bench/bench_cache.py -m "not gpu" --benchmark-only --benchmark-json=bench/results/cpu/cache.json $(ARGS)
+
+bench-robot: $(STAMP)
+	@mkdir -p bench/results/cpu
+	@"$(BIN)/pytest" bench/bench_robot_sim.py -m "not gpu" --benchmark-only --benchmark-json=bench/results/cpu/robot_sim.json $(ARGS)
 
 bench-gpu: $(STAMP)
 	@PYTHON="$(BIN)/python" bash bench/gpu.sh

@@ -22,7 +22,7 @@ def report() -> dict:
 def test_report_is_json_and_complete(report):
     again = json.loads(json.dumps(report))
     assert again == report
-    parts = "xdfast python packages cpu cuda extension kernels apex dali extras ops warnings"
+    parts = "xdfast python packages cpu cuda extension kernels apex dali robot extras ops warnings"
     assert set(report) == set(parts.split())
 
 
@@ -68,10 +68,27 @@ def test_extras_come_from_the_metadata(report):
     assert not any("apex" in e["packages"] for e in report["extras"].values())
 
 
+def test_robot_says_what_renders_or_why_nothing_does(report):
+    robot = report["robot"]
+    assert {"mujoco", "metaworld", "gymnasium", "gymnasium-robotics", "av"} == set(robot["packages"])
+    assert robot["reason"]
+    if robot["renderer"] is None and all(robot["packages"].values()):
+        assert robot["reason"] in report["warnings"]
+    assert "mujoco" not in sys.modules  # its OpenGL and Triton must not meet in this process
+
+
+def test_robot_without_a_renderer_is_a_warning_with_the_fix(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "disable")
+    warnings: list[str] = []
+    robot = doctor._robot(warnings)
+    if all(robot["packages"].values()):
+        assert robot["renderer"] is None and warnings == [robot["reason"]] and "unset MUJOCO_GL" in robot["reason"]
+
+
 def test_table_and_json_output(capsys):
     assert doctor.main([]) == 0
     text = capsys.readouterr().out
-    for word in ("torch", "timm", "extension xdfast._C", "NVIDIA apex", "NVIDIA DALI", "rsd_loss"):
+    for word in ("torch", "timm", "extension xdfast._C", "NVIDIA apex", "NVIDIA DALI", "simulated robot tasks", "rsd_loss"):
         assert word in text
     assert doctor.main(["--json"]) == 0
     assert json.loads(capsys.readouterr().out)["xdfast"]["version"]

@@ -42,6 +42,8 @@ _LISTED = (
     "matplotlib",
     "jinja2",
 )
+#: What simulated robot tasks run on.
+_SIMULATORS = ("mujoco", "metaworld", "gymnasium", "gymnasium-robotics", "av")
 _HERE = Path(__file__).resolve().parent
 
 
@@ -58,6 +60,7 @@ def collect() -> dict[str, Any]:
         "kernels": _kernels(),
         "apex": asdict(_apex(warnings)),
         "dali": _dali(warnings),
+        "robot": _robot(warnings),
         "extras": _extras(),
         "ops": _ops(),
     }
@@ -249,6 +252,24 @@ def _dali(warnings: list[str]) -> dict[str, Any]:
     return result | {"reason": f"{right} matches torch's CUDA {torch_cuda}"}
 
 
+def _robot(warnings: list[str]) -> dict[str, Any]:
+    """Whether simulated tasks run: their packages, and what would render. Nothing of it is imported here."""
+    packages = {name: _version(name) for name in _SIMULATORS}
+    result: dict[str, Any] = {"packages": packages, "renderer": None, "reason": ""}
+    missing = [name for name, version in packages.items() if version is None]
+    if missing:
+        return result | {"reason": f'{", ".join(missing)} not installed: pip install "xdfast[robot]"'}
+    gl, error = _try_import("xdfast.robot.sim.gl")
+    if gl is None:
+        return result | {"reason": f"xdfast.robot does not import ({error})"}
+    try:
+        found = gl.renderer()
+    except Exception as problem:
+        warnings.append(str(problem))
+        return result | {"reason": str(problem)}
+    return result | {"renderer": found.name, "reason": found.reason}
+
+
 def _extras() -> dict[str, dict[str, Any]]:
     """Extra → its packages with versions, read from the metadata of the installed xdfast."""
     try:
@@ -328,6 +349,11 @@ def _print(report: dict[str, Any]) -> None:
     rows.append(("Triton kernels", "yes" if kernels["has_triton"] else "no", kernels["reason"]))
     rows.append(("NVIDIA apex", "usable" if apex["usable"] else apex["kind"], apex["message"]))
     rows.append(("NVIDIA DALI", "installed" if dali["installed"] else "missing", dali["reason"]))
+    robot = report["robot"]
+    simulators = ", ".join(f"{name} {version}" for name, version in robot["packages"].items() if version)
+    rows.append(
+        ("simulated robot tasks", robot["renderer"] or "cannot run", f"{simulators}; {robot['reason']}".strip("; "))
+    )
     table("compiled and optional parts", rows, ("part", "state", "why"))
     if report["extras"]:
         table(

@@ -204,7 +204,8 @@ class _Todo:
     @property
     def wanted(self) -> list[int]:
         """Seeds still to be solved among the first that have not failed, in order."""
-        seeds, seed = [], self.first
+        seeds: list[int] = []
+        seed = self.first
         while len(seeds) < self.episodes:
             if seed not in self.failed:
                 seeds.append(seed)

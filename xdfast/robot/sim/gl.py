@@ -13,7 +13,7 @@ import sys
 from glob import glob
 from typing import NamedTuple
 
-__all__ = ["INSTALL", "NoRendererError", "Renderer", "renderer"]
+__all__ = ["INSTALL", "NoRendererError", "Renderer", "look_again", "renderer"]
 
 #: What to do where nothing renders.
 INSTALL = "install software OpenGL: `apt-get install libosmesa6` (or `make install-robot`, which does it)"
@@ -59,6 +59,11 @@ def renderer() -> Renderer:
         ImportError: mujoco is not installed.
     """
     return _choose(os.environ.get("MUJOCO_GL", "").strip().lower(), os.environ.get("LD_LIBRARY_PATH", ""))
+
+
+def look_again() -> None:
+    """Forgets what was found out, after something was installed."""
+    _choose.cache_clear()
 
 
 @functools.lru_cache(maxsize=8)
