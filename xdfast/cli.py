@@ -20,6 +20,7 @@ _VERBS = {
     "report": "one HTML page and a JSON from finished runs",
     "cache": "teacher caches: info, verify, build, remove",
     "data": "check: look at every image, name those that cannot be read",
+    "demos": "robot demonstrations: info, check, convert, show, collect",
     "demo": "scratch, KD and RSD side by side on real images, with a report",
     "bench": "time the losses against their rivals on this machine",
     "recipes": "list the settings that ship with xdfast",
@@ -163,6 +164,12 @@ def _data(args: list[str]) -> int:
     return cli_data.main(args)
 
 
+def _demos(args: list[str]) -> int:
+    from xdfast import cli_demos
+
+    return cli_demos.main(args)
+
+
 def _demo(args: list[str]) -> None:
     import tyro
 
@@ -236,6 +243,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "report": _report,
     "cache": _cache,
     "data": _data,
+    "demos": _demos,
     "demo": _demo,
     "bench": _bench,
     "recipes": _recipes,

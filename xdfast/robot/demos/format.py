@@ -28,7 +28,7 @@ from xdfast.robot.demos.errors import DemoError
 from xdfast.robot.demos.manifest import MANIFEST, Manifest
 from xdfast.robot.demos.validate import EpisodeSpec, episode_problems
 
-__all__ = ["DemoFolder", "DemoWriter", "is_demo_folder"]
+__all__ = ["DemoFolder", "DemoWriter", "failed_seeds", "is_demo_folder"]
 
 _EPISODES, _FAILED = "episodes", "failed.json"
 _NAME = re.compile(r"(\d{6,})\.safetensors")
@@ -36,6 +36,7 @@ _ABANDONED = 60.0  # seconds after which a file aside of a process that is gone 
 
 
 def is_demo_folder(path: Path) -> bool:
+    """Whether a :class:`DemoWriter` made this folder."""
     return (path / MANIFEST).is_file() and (path / _EPISODES).is_dir()
 
 
@@ -90,7 +91,7 @@ class DemoWriter:
             raise DemoError(f"cannot write demonstrations to {self.folder}: {error}; choose another folder") from error
         _sweep(self.folder / _EPISODES)
         self.done = {index: read_header(path).seed for index, path in _episode_paths(self.folder).items()}
-        self.failed = set(_failed_seeds(self.folder))
+        self.failed = set(failed_seeds(self.folder))
 
     def write(self, episode: Episode, *, index: int) -> None:
         """Checks an episode and writes it to ``episodes/INDEX.safetensors``; on return it is on the disk.
@@ -120,7 +121,7 @@ class DemoWriter:
         try:
             with open(self.folder / "lock", "ab") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # another process may have added seeds since
-                self.failed = {*self.failed, *_failed_seeds(self.folder), seed}
+                self.failed = {*self.failed, *failed_seeds(self.folder), seed}
                 text = json.dumps({"seeds": sorted(self.failed)}) + "\n"
                 write_whole(self.folder / _FAILED, lambda aside: aside.write_text(text, encoding="utf-8"))
         except OSError as error:
@@ -162,7 +163,7 @@ class DemoFolder:
         self.fps = self.manifest.fps
         self.action_dim, self.state_dim = self.manifest.action_dim, self.manifest.state_dim
         self.lengths = [header.length for header in self._headers]
-        self.facts = {**self.manifest.facts, "failed_seeds": _failed_seeds(path)}
+        self.facts = dict(self.manifest.facts)
 
     def read(self, i: int) -> Episode:
         """The ``i``-th episode in the order of indices. Raises: DemoError, if it is damaged."""
@@ -205,7 +206,12 @@ def _episode_paths(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def _failed_seeds(folder: Path) -> list[int]:
+def failed_seeds(folder: Path) -> list[int]:
+    """Seeds that :meth:`DemoWriter.record_failure` kept, in ascending order.
+
+    Raises:
+        DemoError: the file is damaged.
+    """
     path = folder / _FAILED
     try:
         seeds = json.loads(path.read_text(encoding="utf-8"))["seeds"]
