@@ -57,6 +57,8 @@ class LeRobotMeta:
             raise DemoError(f"{path} has no episodes (meta/episodes)")
         if [episode["episode_index"] for episode in self.episodes] != list(range(len(self.episodes))):
             raise DemoError(f"{path}: meta/episodes does not list every episode once; download the data set again")
+        if any(not isinstance(episode.get("length"), int) or episode["length"] < 0 for episode in self.episodes):
+            raise DemoError(f"{path}: meta/episodes lacks the length of an episode; download the data set again")
         promised = self.info.get("total_episodes", len(self.episodes))
         if promised != len(self.episodes):
             raise DemoError(
@@ -70,7 +72,11 @@ class LeRobotMeta:
     def data_file(self, i: int) -> Path:
         """The table of episode ``i``."""
         episode = self.episodes[i]
-        return self._format(self._data_path, i, episode["data/chunk_index"], episode["data/file_index"])
+        try:
+            chunk, file = episode["data/chunk_index"], episode["data/file_index"]
+        except KeyError as error:
+            raise DemoError(f"{self.path}: meta/episodes does not say which table has episode {i} ({error})") from error
+        return self._format(self._data_path, i, chunk, file)
 
     def video_file(self, i: int, feature: str) -> tuple[Path, float]:
         """The video of a camera in episode ``i``, and the second at which the episode begins in it."""
@@ -118,7 +124,7 @@ class _parquet_errors:
         return require("pyarrow.parquet", extra="robot", purpose="LeRobot's tables")
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, self._arrow.ArrowException)):
+        if isinstance(error, (OSError, UnicodeDecodeError, self._arrow.ArrowException)):
             raise DemoError(f"{self._file} is missing or damaged ({error}); download it again") from error
 
 

@@ -52,7 +52,7 @@ def read_frames(path: Path, times: np.ndarray, fps: float, what: str) -> np.ndar
                     break
                 if len(found) == len(times):
                     break
-    except (av.FFmpegError, OSError) as error:
+    except (av.FFmpegError, OSError, UnicodeDecodeError) as error:  # the last: damaged names inside the file
         raise DemoError(f"{what}: {path} cannot be decoded ({error}); download or copy it again") from error
     if len(found) < len(times):
         first = next(i for i in range(len(times)) if i not in found)
