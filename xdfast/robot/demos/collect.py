@@ -293,10 +293,11 @@ def _end(pipes: list[Any], processes: list[Any]) -> None:
     for pipe in pipes:
         with contextlib.suppress(OSError):
             pipe.send(None)
-        pipe.close()
     for process in processes:
         # One in the middle of an episode is not waited for: what it writes is whole or not there.
         process.join(0.5)
         if process.is_alive():
             process.terminate()
             process.join()
+    for pipe in pipes:
+        pipe.close()

@@ -75,7 +75,9 @@ def expert_episode(
     task.reset(seed)
     random = np.random.default_rng((seed, 1))
     images: dict[str, list[np.ndarray]] = {camera: [] for camera in cameras}
-    states, actions, successes = [], [], []
+    states: list[np.ndarray] = []
+    actions: list[np.ndarray] = []
+    successes: list[bool] = []
     info: dict[str, list[float]] = {}
     end = max_steps
     while len(actions) < end:
@@ -129,7 +131,7 @@ def run_worker(plan: Plan, pipe: Connection) -> None:
             steps = plan.max_steps if episode is None else len(episode)
             pipe.send(Attempt(seed, episode is not None, steps * len(plan.cameras)))
         task.close()
-    except EOFError:  # the main process is gone
+    except (EOFError, ConnectionError):  # nobody listens any more
         return
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")

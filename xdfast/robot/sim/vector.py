@@ -56,6 +56,12 @@ class SimVectorEnv(AsyncVectorEnv):
                 autoreset_mode=AutoresetMode.DISABLED,
             )
 
+    def __enter__(self) -> SimVectorEnv:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(terminate=kind is not None)
+
     def reset_async(self, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None) -> None:
         """As in AsyncVectorEnv; ``options["record"]`` is a list with a path or None for every sub-environment."""
         options = dict(options or {})
@@ -175,7 +181,7 @@ class SimVectorEnv(AsyncVectorEnv):
             if process.is_alive():
                 process.terminate()
         for process in self.processes:
-            process.join(2)
+            process.join(1)
             if process.is_alive():  # a simulator in the middle of C code does not hear SIGTERM at once
                 process.kill()
                 process.join()
