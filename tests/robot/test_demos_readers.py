@@ -307,7 +307,7 @@ def test_damage_is_named_or_harmless(name: str, tmp_path: Path) -> None:
     """
     rng = random.Random(0)
     refused = 0
-    for trial in range(40):
+    for trial in range(30):
         (tmp_path / str(trial)).mkdir()
         path = copy(name, tmp_path / str(trial))
         ignored = ("stats.json", "tasks.parquet")
@@ -326,7 +326,7 @@ def test_damage_is_named_or_harmless(name: str, tmp_path: Path) -> None:
                 assert len(episode) > 0
         except DemoError:
             refused += 1
-    assert refused > 8
+    assert refused > 5
 
 
 def test_lerobot_that_is_only_a_description(tmp_path: Path) -> None:

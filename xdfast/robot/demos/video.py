@@ -34,6 +34,9 @@ def read_frames(path: Path, times: np.ndarray, fps: float, what: str) -> np.ndar
     if not path.is_file():
         raise DemoError(f"{what}: the video {path} is missing; download or copy it again")
     found: dict[int, np.ndarray] = {}
+    to_rgb = (
+        av.video.reformatter.VideoReformatter()
+    )  # one for all frames: frame.to_ndarray() makes its own, ten times as slow
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -47,7 +50,7 @@ def read_frames(path: Path, times: np.ndarray, fps: float, what: str) -> np.ndar
                     continue
                 nearest = int(np.abs(times - frame.time).argmin())
                 if abs(times[nearest] - frame.time) <= _TOLERANCE / fps:
-                    found[nearest] = frame.to_ndarray(format="rgb24")
+                    found[nearest] = to_rgb.reformat(frame, format="rgb24").to_ndarray()
                 if frame.time > times[-1]:
                     break
                 if len(found) == len(times):
