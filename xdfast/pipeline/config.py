@@ -16,7 +16,15 @@ from xdfast.data.decoder import DECODERS
 from xdfast.errors import nearest
 from xdfast.settings import FREE_SETTINGS
 
-__all__ = ["DistillConfig", "EvaluateConfig", "FinetuneConfig", "TrainConfig", "load_yaml", "save_yaml"]
+__all__ = [
+    "DistillConfig",
+    "EvaluateConfig",
+    "FinetuneConfig",
+    "RunConfig",
+    "TrainConfig",
+    "load_yaml",
+    "save_yaml",
+]
 
 C = TypeVar("C", bound="_Config")
 
@@ -52,6 +60,13 @@ class _Config:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be > 0, got {value!r}")
+
+    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            raise ValueError(
+                f"{name} must be one of {', '.join(allowed)}, got {value!r}.{nearest(str(value), allowed)}"
+            )
 
     def _not_negative(self, *names: str) -> None:
         for name in names:
@@ -95,11 +110,58 @@ class _DataConfig(_Config):
 
 
 @dataclass(kw_only=True)
-class TrainConfig(_DataConfig):
-    """Settings shared by ``distill`` and ``finetune``."""
+class RunConfig(_Config):
+    """What every training run has: a folder, an optimiser, the loop's settings."""
 
     out: str
     """Output folder. Run the same command again to continue an interrupted run."""
+    optimizer: str = "sgd"
+    """Any timm optimiser (torch's fused version where there is one), or apex-fusedlamb, apex-fusedadam, apex-fusedsgd."""
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-6
+    accumulate: int = 1
+    """Micro-batches per optimiser step."""
+    clip_grad: float | None = None
+    """Maximum gradient norm."""
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    """Mixed precision of what is trained."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights (buffers included); it becomes the result."""
+    channels_last: bool = False
+    """Weights in channels-last memory format, as images are; meant for convolutions."""
+    compile: bool = False
+    """torch.compile of what is trained (its blocks one by one under fsdp) and of the teacher; minutes at the start."""
+    log_every: int = 20
+    """Steps between rows of metrics.jsonl."""
+    checkpoint_seconds: float = 30.0
+    """Seconds between resume files; the end of an epoch writes one after a tenth of that."""
+    tensorboard: bool = False
+    """Also write TensorBoard events to OUT/tensorboard."""
+    progress: bool = True
+    """Progress bar (plain lines without a terminal)."""
+    overwrite: bool = False
+    """Throw away what is in OUT if it belongs to another config."""
+
+    #: Settings that may differ when a run is continued: they do not change its result.
+    FREE: ClassVar[frozenset[str]] = FREE_SETTINGS
+
+    def _validate_run(self) -> None:
+        self._positive("lr", "accumulate", "clip_grad", "log_every")
+        self._not_negative("weight_decay", "min_lr", "warmup_lr", "checkpoint_seconds")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema must be a decay between 0 and 1 such as 0.9998, got {self.ema!r}")
+        self._one_of("schedule", ("cosine", "step", "constant"))
+        self._one_of("amp", ("none", "bf16", "fp16"))
+
+
+@dataclass(kw_only=True)
+class TrainConfig(RunConfig, _DataConfig):
+    """Settings shared by ``distill`` and ``finetune`` on images."""
+
     student_size: int | None = None
     """The student's input size in pixels; default: the model's own."""
     student_pretrained: bool = False
@@ -120,25 +182,9 @@ class TrainConfig(_DataConfig):
     random_erase: float | None = None
     """Random-erasing probability; default: the preset's."""
     label_smoothing: float = 0.1
-    optimizer: str = "sgd"
-    """Any timm optimiser (torch's fused version where there is one), or apex-fusedlamb, apex-fusedadam, apex-fusedsgd."""
-    lr: float = 0.05
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
     warmup_epochs: int = 0
-    warmup_lr: float = 1e-6
-    min_lr: float = 1e-6
     decay_epochs: int = 30
     """Epochs between ×0.1 drops of the step schedule."""
-    accumulate: int = 1
-    """Micro-batches per optimiser step."""
-    clip_grad: float | None = None
-    """Maximum gradient norm."""
-    amp: Literal["none", "bf16", "fp16"] = "none"
-    """Mixed precision of the student."""
-    ema: float | None = None
-    """Decay of an exponential moving average of the weights (buffers included); it becomes the result."""
     tail: Literal["drop", "exact"] = "drop"
     """Images left over by the last whole batch of an epoch: left out of this epoch ("drop"), or a smaller batch of their
     own, so that every image comes exactly once per epoch for any number of processes ("exact", see docs/scale.md)."""
@@ -147,28 +193,11 @@ class TrainConfig(_DataConfig):
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: every process holds the whole student ("ddp"), or a part of each weight, gradient and optimiser
     state ("fsdp", for students that do not fit on one GPU)."""
-    compile: bool = False
-    """torch.compile of student and teacher, of the student's blocks one by one under fsdp; it takes minutes at the start."""
-    channels_last: bool = False
-    """Weights of student and teacher in channels-last memory format, as images are; meant for convolutions on GPUs."""
     overlap: bool = False
     """On a GPU: the teacher looks at the next batch on a CUDA stream of its own while the student trains. Changes no
     result; whether it pays has not been measured."""
     eval_every: int = 1
     """Epochs between validations; the last epoch is always validated."""
-    log_every: int = 20
-    """Steps between rows of metrics.jsonl."""
-    checkpoint_seconds: float = 30.0
-    """Seconds between resume files; the end of an epoch writes one after a tenth of that."""
-    tensorboard: bool = False
-    """Also write TensorBoard events to OUT/tensorboard."""
-    progress: bool = True
-    """Progress bar (plain lines without a terminal)."""
-    overwrite: bool = False
-    """Throw away what is in OUT if it belongs to another config."""
-
-    #: Settings that may differ when a run is continued: they do not change its result.
-    FREE: ClassVar[frozenset[str]] = FREE_SETTINGS
 
     def validate(self) -> None:
         """Checks every value before any work.
@@ -177,37 +206,17 @@ class TrainConfig(_DataConfig):
             ValueError: names the setting, its value and what is allowed.
         """
         self._validate_data()
-        self._positive(
-            "epochs",
-            "lr",
-            "accumulate",
-            "clip_grad",
-            "eval_every",
-            "log_every",
-            "student_size",
-            "image_size",
-            "decay_epochs",
-        )
-        self._not_negative(
-            "weight_decay", "warmup_epochs", "min_lr", "warmup_lr", "checkpoint_seconds", "mixup", "cutmix"
-        )
+        self._validate_run()
+        self._positive("epochs", "eval_every", "student_size", "image_size", "decay_epochs")
+        self._not_negative("warmup_epochs", "mixup", "cutmix")
         if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
             raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be below epochs ({self.epochs})")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing!r}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"ema must be a decay between 0 and 1 such as 0.9998, got {self.ema!r}")
         if self.random_erase is not None and not 0 <= self.random_erase <= 1:
             raise ValueError(f"random_erase must be a probability, got {self.random_erase!r}")
-        for name, allowed in (
-            ("schedule", ("cosine", "step", "constant")),
-            ("amp", ("none", "bf16", "fp16")),
-            ("tail", ("drop", "exact")),
-            ("parallel", ("ddp", "fsdp")),
-        ):
-            if getattr(self, name) not in allowed:
-                value = getattr(self, name)
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.{nearest(value, allowed)}")
+        self._one_of("tail", ("drop", "exact"))
+        self._one_of("parallel", ("ddp", "fsdp"))
         if self.parallel == "fsdp" and self.amp == "fp16":
             raise ValueError("amp='fp16' cannot scale sharded gradients (parallel='fsdp'); use amp='bf16'")
         if self.parallel == "fsdp" and self.optimizer.lower().startswith(("apex-", "fused", "adafactor")):

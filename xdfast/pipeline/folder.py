@@ -1,6 +1,7 @@
 """A run's folder: whose it is, whether it is finished, what is in it.
 
 config.yaml       the settings          metrics.jsonl   rows of training and validation
+policy/           a robot's policy      policy-best/    the best in evaluations during training
 resume.pt         to continue           student/        the result, loadable by plain timm
 summary.json      final figures; its presence means the run is finished
 projectors.safetensors                  of feature losses: student features → the teacher's
@@ -16,13 +17,16 @@ import shutil
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xdfast import distributed
 from xdfast.models import FeatureModel, create_model
 from xdfast.models.checkpoint import atomic_write
-from xdfast.pipeline.config import TrainConfig, load_yaml, save_yaml
+from xdfast.pipeline.config import RunConfig, load_yaml, save_yaml
 from xdfast.pipeline.journal import read_history
+
+if TYPE_CHECKING:
+    from xdfast.robot.policy import DiffusionPolicy
 
 __all__ = ["RunResult", "finish", "load_run", "model_source", "open_folder"]
 
@@ -38,6 +42,9 @@ _OURS = (
     "evaluation.json",
     "embedding.npz",
     "student",
+    "policy",
+    "policy-best",
+    "videos",
     "tensorboard",
 )
 
@@ -47,10 +54,11 @@ class RunResult:
     """A finished ``distill`` or ``finetune`` run.
 
     Attributes:
-        kind: "distill" or "finetune".
+        kind: "distill", "finetune" or "policy".
         path: its folder.
         config: the settings, plain values.
-        metrics: final figures: top1, top5, loss (validation), seconds, images_per_s, steps.
+        metrics: final figures: top1, top5, loss (validation), seconds, images_per_s, steps; of a policy success,
+            best_success, seconds, samples_per_s, steps.
         bad_images: path → reason of images that could not be read.
     """
 
@@ -63,7 +71,18 @@ class RunResult:
     @cached_property
     def student(self) -> FeatureModel:
         """The trained model with its own normalisation, in eval mode; ``.student.net`` is the plain timm model."""
+        if self.kind == "policy":
+            raise AttributeError(f"{self.path} is the run of a policy: it has a .policy, no .student")
         return create_model(str(self.path / "student")).eval()
+
+    @cached_property
+    def policy(self) -> DiffusionPolicy:
+        """The trained policy of a robot's run, in eval mode."""
+        if self.kind != "policy":
+            raise AttributeError(f"{self.path} is a {self.kind} run: it has a .student, no .policy")
+        from xdfast.robot.policy_files import load_policy
+
+        return load_policy(self.path)
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -75,7 +94,7 @@ class RunResult:
         return f"RunResult({self.kind}, {self.path}, {figures})"
 
 
-def open_folder(config: TrainConfig, kind: str) -> tuple[Path, RunResult | None]:
+def open_folder(config: RunConfig, kind: str) -> tuple[Path, RunResult | None]:
     """Makes or re-opens ``config.out``; the second value is the finished run, if it is one.
 
     A local model that has changed since is another setting: a run must not pass for one that started from it.
@@ -119,7 +138,7 @@ def open_folder(config: TrainConfig, kind: str) -> tuple[Path, RunResult | None]
     return out, load_run(out) if (out / "summary.json").is_file() else None
 
 
-def _weights_of(config: TrainConfig) -> dict[str, str]:
+def _weights_of(config: RunConfig) -> dict[str, str]:
     """Setting → hash of the weights, for models that are local files; published weights never change."""
     found = {}
     for key in ("teacher", "student", "model"):
@@ -137,7 +156,7 @@ def _weights_of(config: TrainConfig) -> dict[str, str]:
     return found
 
 
-def finish(out: Path, kind: str, config: TrainConfig, metrics: dict[str, float], bad: dict[str, str]) -> RunResult:
+def finish(out: Path, kind: str, config: RunConfig, metrics: dict[str, float], bad: dict[str, str]) -> RunResult:
     """Writes summary.json, the mark of a finished run, and returns the result."""
     summary = {"kind": kind, "metrics": metrics, "bad_images": bad}
     if distributed.is_main():

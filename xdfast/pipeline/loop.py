@@ -25,7 +25,7 @@ from xdfast import distributed
 from xdfast.data import Batch
 from xdfast.models.checkpoint import load_resume, save_resume
 from xdfast.pipeline.ahead import Ready, ahead, lane_for
-from xdfast.pipeline.config import TrainConfig
+from xdfast.pipeline.config import RunConfig
 from xdfast.pipeline.journal import Journal, ProgressLine
 from xdfast.pipeline.optim import build_optimizer, build_schedule
 from xdfast.pipeline.parallel import Parallel
@@ -64,7 +64,7 @@ class _State:
 def train(
     task: TrainingTask,
     loader: Any,
-    config: TrainConfig,
+    config: Any,
     out: Path,
     *,
     device: torch.device,
@@ -79,7 +79,7 @@ def train(
     Args:
         task: maps (images, targets, **task.teach(images, batch)) to ``{"loss": …, named terms}``.
         loader: :class:`xdfast.data.ImageLoader` of training views.
-        config: settings; see :class:`TrainConfig`.
+        config: a :class:`TrainConfig`, or another :class:`RunConfig` that has its ``epochs``, ``eval_every``, …
         out: folder for ``resume.pt`` and ``metrics.jsonl``.
         device: where to train.
         validate: student → metrics; called every ``eval_every`` epochs.
@@ -155,9 +155,8 @@ def train(
                     rate = optimizer.param_groups[0]["lr"]
                     rows = [loader.rows(state.batch + index) for index in range(len(micro))]
                     _update(model, micro, rows, optimizer, scaler, config, device, state, running)
-                    if model.ema is not None:
-                        model.ema.update(task.student)
                     state.step += 1
+                    model.average(state.step)
                     state.batch += len(micro)
                     session.count(sum(rows))
                     if schedule is not None:
@@ -170,7 +169,7 @@ def train(
                         speed = session.images_per_second()
                         line.update(
                             state.step,
-                            f"epoch {state.epoch + 1}/{config.epochs}  loss {row['loss']:.4f}  {speed:,.0f} img/s",
+                            f"{_place(state, config)}loss {row['loss']:.4f}  {speed:,.0f} {task.unit}/s",
                         )
                         if state.step % config.log_every == 0 or last:
                             journal.write(
@@ -204,13 +203,17 @@ def train(
     return LoopResult(model.result(), model.projectors(), state.metrics, session.seconds, state.step)
 
 
+def _place(state: _State, config: Any) -> str:
+    return f"epoch {state.epoch + 1}/{config.epochs}  " if config.epochs > 1 else ""
+
+
 def _update(
     model: Parallel,
     micro: list[Ready],
     rows: list[int],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    config: TrainConfig,
+    config: Any,
     device: torch.device,
     state: _State,
     running: _RunningTerms,
@@ -251,7 +254,7 @@ def _terms(model: Parallel, ready: Ready) -> dict[str, Tensor]:
 
 def _make_ready(
     task: TrainingTask,
-    config: TrainConfig,
+    config: Any,
     device: torch.device,
     batch_augment: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None,
     epoch: int,
@@ -259,10 +262,9 @@ def _make_ready(
     batch: Batch,
 ) -> Ready:
     """Moves, augments and shows a batch to the teacher; a function of (epoch, number, batch) alone."""
-    images = batch.images.to(device, non_blocking=True).float().div_(255)
+    images, targets = task.inputs(batch, device)
     if not len(batch.ids):
         return Ready(batch, images, None)
-    targets = batch.labels.to(device, non_blocking=True)
     if batch_augment is not None:
         seed_everything(config.seed, epoch, number, distributed.rank())
         images, targets = batch_augment(images, targets, torch.initial_seed())
@@ -270,7 +272,7 @@ def _make_ready(
         return Ready(batch, images, targets, task.teach(images, batch))
 
 
-def autocast(config: TrainConfig, device: torch.device) -> Any:
+def autocast(config: RunConfig, device: torch.device) -> Any:
     """The mixed precision of a run, as a context."""
     dtype = torch.bfloat16 if config.amp == "bf16" else torch.float16
     return torch.autocast(device.type, dtype=dtype, enabled=config.amp != "none")

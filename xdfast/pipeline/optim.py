@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from xdfast.errors import nearest
-from xdfast.pipeline.config import TrainConfig
+from xdfast.pipeline.config import RunConfig
+from xdfast.pipeline.task import TrainingTask
 
 __all__ = ["build_optimizer", "build_schedule"]
 
@@ -19,8 +20,9 @@ log = logging.getLogger("xdfast")
 _FUSED = ("sgd", "momentum", "adam", "adamw")
 
 
-def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser named by ``config.optimizer`` over the trainable parameters; no decay on biases and norms.
+def build_optimizer(module: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    """The optimiser named by ``config.optimizer`` over the trainable parameters; no decay on biases and norms, unless the
+    task makes groups of its own.
 
     Raises:
         ValueError: unknown name (nearest ones offered).
@@ -29,11 +31,12 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optim
     from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 
     name = config.optimizer.lower()
+    own = module.parameter_groups(config) if isinstance(module, TrainingTask) else None
     if name.startswith(("apex-", "fused")):  # timm's own "fused…" names import whatever is called apex
         from xdfast._optional import require_apex_optimizer
 
         cls = require_apex_optimizer(name.removeprefix("apex-"))
-        groups = param_groups_weight_decay(module, config.weight_decay)
+        groups = own or param_groups_weight_decay(module, config.weight_decay)
         extra = {"momentum": config.momentum} if "sgd" in name else {}
         return cls(groups, lr=config.lr, **extra)
     if name not in list_optimizers():
@@ -44,10 +47,10 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optim
         # torch has no fused SGD for sharded weights (FSDP)
         fused = "adam" in name or not any(hasattr(p, "device_mesh") for p in module.parameters())
         kwargs.update(fused=fused, foreach=not fused)
-    return create_optimizer_v2(module, opt=name, **kwargs)
+    return create_optimizer_v2(own or module, opt=name, **kwargs)
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int) -> Any | None:
+def build_schedule(optimizer: torch.optim.Optimizer, config: Any, updates_per_epoch: int) -> Any | None:
     """timm's schedule, stepped per update (a pure function of the update number), or None for a constant rate."""
     from timm.scheduler import create_scheduler_v2
 

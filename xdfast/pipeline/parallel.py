@@ -83,7 +83,7 @@ class Parallel:
         ema: timm's ModelEmaV3, or None.
     """
 
-    def __init__(self, task: TrainingTask, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, task: TrainingTask, config: Any, device: torch.device) -> None:
         self.task, self._config, self._device = task, config, device
         world = distributed.world_size()
         sharded = config.parallel == "fsdp" and world > 1
@@ -126,6 +126,11 @@ class Parallel:
     def kept(self) -> nn.Module:
         """What is validated and becomes the result: the moving average where there is one, else the student."""
         return self.ema.module if self.ema is not None else self.task.student
+
+    def average(self, step: int) -> None:
+        """Takes the student after update ``step`` (from 1) into the moving average."""
+        if self.ema is not None:  # without a warm-up the decay does not depend on the step
+            self.ema.update(self.task.student, step + 1 if self.ema.use_warmup else None)
 
     def share_buffers(self) -> None:
         """Rank 0's BatchNorm statistics everywhere: all ranks validate the same model."""
@@ -192,14 +197,16 @@ class Parallel:
         optimizer.load_state_dict(state)
 
 
-def _make_ema(student: nn.Module, config: TrainConfig, foreach: bool) -> Any | None:
+def _make_ema(student: nn.Module, config: Any, foreach: bool) -> Any | None:
     if config.ema is None:
         return None
     from timm.utils import ModelEmaV3
 
     # It averages buffers too: BatchNorm statistics belong to the weights. Sharded weights and whole buffers do not go into
     # one foreach call.
-    return ModelEmaV3(student, decay=config.ema, foreach=foreach)
+    power = getattr(config, "ema_power", None)
+    warmup: dict[str, Any] = {} if power is None else {"use_warmup": True, "warmup_power": power}
+    return ModelEmaV3(student, decay=config.ema, foreach=foreach, **warmup)
 
 
 def _shard_task(task: TrainingTask, device: torch.device, compiled: bool) -> list[Any]:

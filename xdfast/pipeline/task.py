@@ -34,14 +34,26 @@ class TrainingTask(nn.Module):
         self.student = student
         self.label_smoothing = label_smoothing
 
+    #: What is counted per second, for the progress bar.
+    unit = "img"
+
+    def inputs(self, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(images, targets) of a batch on the device, as :meth:`forward` takes them; images as float in [0, 1]."""
+        images = batch.images.to(device, non_blocking=True).float().div_(255)
+        return images, batch.labels.to(device, non_blocking=True)
+
+    def parameter_groups(self, config: Any) -> list[dict[str, Any]] | None:
+        """Groups of trainable parameters with rates of their own, as torch's optimisers take them; None: all alike."""
+        return None
+
     def begin_epoch(self, epoch: int) -> None:
         """Called on every rank before the first batch of an epoch."""
 
-    def teach(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def teach(self, images: Tensor, batch: Any) -> dict[str, Tensor]:
         """Targets without gradient, from outside the trained module; none by default.
 
         Args:
-            images: float ``[B, 3, S, S]`` in [0, 1], as the student gets them.
+            images: as :meth:`inputs` gave them, augmented.
             batch: which samples and views they are.
         """
         return {}
@@ -116,6 +128,18 @@ class DistillTask(TrainingTask):
     def uses_logits(self) -> bool:
         """Whether any term reads the student's logits."""
         return self.ce_weight > 0 or any(loss.on == "logits" for loss in self.losses.values())
+
+    #: What is counted per second, for the progress bar.
+    unit = "img"
+
+    def inputs(self, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(images, targets) of a batch on the device, as :meth:`forward` takes them; images as float in [0, 1]."""
+        images = batch.images.to(device, non_blocking=True).float().div_(255)
+        return images, batch.labels.to(device, non_blocking=True)
+
+    def parameter_groups(self, config: Any) -> list[dict[str, Any]] | None:
+        """Groups of trainable parameters with rates of their own, as torch's optimisers take them; None: all alike."""
+        return None
 
     def begin_epoch(self, epoch: int) -> None:
         self.teacher.begin_epoch(epoch)

@@ -140,20 +140,23 @@ class DiffusionPolicy(nn.Module):
         if images.dtype != torch.uint8:
             raise ValueError(f"expected uint8 images (0..255), got {images.dtype}")
         cropped = crop(images.flatten(0, 1), spec.crop, at_random=self.training)  # [B·K, T, S, S, 3]
-        pixels = cropped.unflatten(0, (-1, len(spec.cameras))).permute(0, 1, 2, 5, 3, 4).float().div_(255)
-        if spec.share_encoder:
-            features = self.encoders[0](_batch_of(pixels)).features
-            return features.unflatten(0, pixels.shape[:3])
+        return self.encode(cropped.unflatten(0, (-1, len(spec.cameras))))
+
+    def encode(self, cropped: Tensor) -> Tensor:
+        """uint8 ``[B, K, t, S, S, 3]``, cropped, for any t → float ``[B, K, t, D]``."""
+        pixels = cropped.permute(0, 1, 2, 5, 3, 4).float().div_(255)
+        if self.spec.share_encoder:
+            return self.encoders[0](_batch_of(pixels)).features.unflatten(0, pixels.shape[:3])
         per_camera = [
-            encoder(_batch_of(pixels[:, k])).features.unflatten(0, (len(images), spec.n_obs))
+            encoder(_batch_of(pixels[:, k])).features.unflatten(0, (pixels.shape[0], pixels.shape[2]))
             for k, encoder in enumerate(self.encoders)
         ]
         return torch.stack(per_camera, dim=1)
 
     def condition(self, features: Tensor | None, state: Tensor) -> Tensor:
         """``[B, K, T, D]`` (None without cameras) and the raw state ``[B, T, P]`` → ``[B, C]``."""
-        parts = [] if features is None else [head(features[:, k]).flatten(1) for k, head in enumerate(self.heads)]
-        return torch.cat([*(part.float() for part in parts), self.state_norm(state.float()).flatten(1)], dim=1)
+        parts = [] if features is None else [head(x).flatten(1) for head, x in zip(self.heads, features.float().unbind(1))]
+        return torch.cat([*parts, self.state_norm(state.float()).flatten(1)], dim=1)
 
     @torch.no_grad()
     def act(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Windows", "WindowBatch", "WindowLoader"]
+__all__ = ["WindowBatch", "WindowLoader", "Windows"]
 
 log = logging.getLogger("xdfast")
 

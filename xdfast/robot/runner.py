@@ -1,0 +1,200 @@
+"""A policy made ready to decide: on its device, its loop compiled or captured, inputs checked before they get there."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xdfast.robot.policy import DiffusionPolicy
+
+__all__ = ["Latency", "PolicyRunner", "measure_latency"]
+
+log = logging.getLogger("xdfast")
+
+
+class PolicyRunner:
+    """Decides for a fixed number of robots at once; smaller batches are filled up, so that shapes never change.
+
+    On a GPU the whole decision (encoding, all denoising steps) is captured in one CUDA graph and replayed: one launch
+    instead of hundreds. Why not, if not, stands in :attr:`reason` and in the log.
+
+    Args:
+        policy: moved to ``device``, in eval mode.
+        batch: robots.
+        device: where it runs.
+        graph: capture a CUDA graph; default: on CUDA devices.
+        compile: torch.compile of the denoising loop (seconds at the start; needs a C++ compiler on a CPU).
+    """
+
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        batch: int = 1,
+        *,
+        device: torch.device | str = "cpu",
+        graph: bool | None = None,
+        compile: bool = False,
+    ) -> None:
+        self.device = torch.device(device)
+        self.policy = policy.to(self.device).eval()
+        self.batch = batch
+        self._sample: Any = policy.diffusion.sample
+        if compile:
+            self._sample = torch.compile(self._sample, dynamic=False)
+        wanted = self.device.type == "cuda" if graph is None else graph
+        if wanted and self.device.type != "cuda":
+            raise ValueError(f"graph=True captures CUDA work; the policy is on {self.device}")
+        self.reason = "captured in a CUDA graph" if wanted else f"eager on {self.device.type}"
+        if compile:
+            self.reason += ", denoising loop compiled"
+        self._graph: Any = None
+        if wanted:
+            self._capture()
+
+    @torch.no_grad()
+    def act(self, images: np.ndarray | Tensor | None, state: np.ndarray | Tensor, noise: Tensor) -> np.ndarray:
+        """Actions float32 ``[n, n_action, A]`` for n ≤ batch robots.
+
+        Args:
+            images: uint8 ``[n, K, T, H, W, 3]``; None without cameras.
+            state: ``[n, T, P]``.
+            noise: ``[S, n, H, A]``, see :meth:`DiffusionPolicy.noise`.
+
+        Raises:
+            ValueError: a state that is not finite, more rows than ``batch``, wrong shapes.
+        """
+        state = torch.as_tensor(state)
+        rows = len(state)
+        if not 1 <= rows <= self.batch:
+            raise ValueError(f"expected 1 to {self.batch} rows, got {rows}")
+        if not state.isfinite().all():
+            raise ValueError("the state is not finite (NaN or infinity)")
+        images = None if images is None else torch.as_tensor(images)
+        if rows < self.batch:
+            state = _filled(state, self.batch, 0)
+            images = None if images is None else _filled(images, self.batch, 0)
+            noise = _filled(noise, self.batch, 1)
+        if self._graph is not None:
+            return self._replay(images, state, noise)[:rows].cpu().numpy()
+        images = None if images is None else images.to(self.device)
+        return self._decide(images, state.to(self.device), noise.to(self.device))[:rows].cpu().numpy()
+
+    def _decide(self, images: Tensor | None, state: Tensor, noise: Tensor) -> Tensor:
+        policy, spec = self.policy, self.policy.spec
+        features = None if images is None else policy.features(images)
+        chunk = self._sample(policy.condition(features, state), noise)
+        first = spec.n_obs - 1
+        return policy.action_norm.inverse(chunk[:, first : first + spec.n_action])
+
+    def _capture(self) -> None:
+        images, state, noise = (None if x is None else x.to(self.device) for x in example(self.policy, self.batch))
+        assert state is not None and noise is not None
+        self._inputs = (images, state, noise)
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for _ in range(3):  # lazily made workspaces must exist before the capture
+                self._decide(images, state, noise)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(self._graph):
+            self._output = self._decide(images, state, noise)
+
+    def _replay(self, images: Tensor | None, state: Tensor, noise: Tensor) -> Tensor:
+        for static, given in zip(self._inputs, (images, state, noise)):
+            if static is not None and given is not None:
+                if static.shape != given.shape:
+                    raise ValueError(f"expected {list(static.shape)}, got {list(given.shape)}")
+                static.copy_(given)
+        self._graph.replay()
+        return self._output
+
+
+@dataclass
+class Latency:
+    """Milliseconds per decision of ``batch`` robots, over ``runs`` of them.
+
+    Attributes:
+        p50, p95: the whole decision, images in main memory to actions in main memory.
+        encode: pictures to condition (median).
+        denoise: condition to actions (median).
+        steps: denoising steps.
+        how: device and mode.
+    """
+
+    batch: int
+    runs: int
+    p50: float
+    p95: float
+    encode: float
+    denoise: float
+    steps: int
+    how: str
+
+
+def measure_latency(
+    policy: DiffusionPolicy,
+    *,
+    batch: int = 1,
+    runs: int = 50,
+    device: torch.device | str = "cpu",
+    compile: bool = False,
+) -> Latency:
+    """Times decisions on synthetic observations, and their two parts apart (those always without a graph)."""
+    runner = PolicyRunner(policy, batch, device=device, compile=compile)
+    images, state, noise = example(policy, batch)
+    whole, encode, denoise = [], [], []
+    on_device = [None if x is None else x.to(runner.device) for x in (images, state, noise)]
+
+    def finish() -> None:
+        if runner.device.type == "cuda":
+            torch.cuda.synchronize(runner.device)
+
+    with torch.no_grad():
+        for run in range(-5, runs):
+            began = time.perf_counter()
+            runner.act(images, state, noise)
+            finish()
+            done = time.perf_counter()
+            features = None if on_device[0] is None else policy.features(on_device[0])
+            condition = policy.condition(features, on_device[1])  # type: ignore[arg-type]
+            finish()
+            encoded = time.perf_counter()
+            runner._sample(condition, on_device[2])
+            finish()
+            if run >= 0:  # the first ones warm up
+                whole.append(done - began)
+                encode.append(encoded - done)
+                denoise.append(time.perf_counter() - encoded)
+    ms = 1e3
+    return Latency(
+        batch,
+        runs,
+        ms * float(np.median(whole)),
+        ms * float(np.quantile(whole, 0.95)),
+        ms * float(np.median(encode)),
+        ms * float(np.median(denoise)),
+        policy.spec.diffusion.inference_steps,
+        runner.reason,
+    )
+
+
+def example(policy: DiffusionPolicy, batch: int) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(images, state, noise) of the right shapes, from a fixed seed."""
+    spec, generator = policy.spec, torch.Generator().manual_seed(0)
+    shape = (batch, len(spec.cameras), spec.n_obs, *spec.image_size, 3)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) if spec.cameras else None
+    state = torch.randn(batch, spec.n_obs, spec.state_dim, generator=generator)
+    return images, state, policy.noise(batch, generator)
+
+
+def _filled(x: Tensor, size: int, dim: int) -> Tensor:
+    """The first row repeated until there are ``size``."""
+    missing = size - x.shape[dim]
+    return torch.cat([x, x.narrow(dim, 0, 1).expand(*(missing if i == dim else s for i, s in enumerate(x.shape)))], dim)
