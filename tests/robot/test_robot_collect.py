@@ -70,7 +70,7 @@ collect("coffee-button", 12, sys.argv[1], workers=2, image_size=24, tail=2)
 
 
 @needs_renderer
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_nothing_is_lost_when_it_is_stopped(tmp_path: Path, straight: Path, how: signal.Signals):
     folder = tmp_path / "demos"
     command = [sys.executable, "-c", _FOREVER, str(folder)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sim_process import needs_renderer, run_python
+from sim_process import digests, needs_renderer, run_python
 
 from xdfast.robot.sim.env import SimEnv, check_actions
 from xdfast.robot.sim.names import task_spec
@@ -66,44 +66,10 @@ def test_step_before_reset_and_unknown_options():
         env.reset(seed=0, options={"record": "a.avi"})
 
 
-_DIGEST = """
-import hashlib, json, sys
-import numpy as np
-from xdfast.robot.sim.make import make_task
-from xdfast.robot.sim.names import task_spec
-
-def play(task, seed, steps):
-    digest = hashlib.sha256()
-    task.reset(seed)
-    random = np.random.default_rng(seed)
-    for _ in range(steps):
-        for camera in task.spec.cameras[:2]:
-            digest.update(task.frame(camera).tobytes())
-        digest.update(task.state().tobytes())
-        action = task.expert() if task.spec.has_expert else random.uniform(-1, 1, task.spec.action_dim)
-        digest.update(repr(task.step(action)).encode())
-    return digest.hexdigest()
-
-before, names = int(sys.argv[1]), sys.argv[2:]
-found = {}
-for name in names:
-    task = make_task(name, 24)
-    for seed in range(before):  # other episodes first
-        play(task, 100 + seed, 20 + seed)
-    found[name] = play(task, 5, 6)
-    task.close()
-print(json.dumps(found))
-"""
-
-
-def _digests(before: int, *names: str) -> dict[str, str]:
-    return run_python(_DIGEST, str(before), *names, timeout=590)
-
-
 @needs_renderer
 def test_a_seed_decides_the_episode_in_any_process_and_after_any_other_episode():
     names = ("metaworld/basketball-v3", "metaworld/shelf-place-v3", "adroit/relocate")
-    assert _digests(0, *names) == _digests(2, *names)
+    assert digests(0, *names) == digests(2, *names)
 
 
 _EPISODES = """
