@@ -52,7 +52,7 @@ class LeRobotSource:
     ) -> None:
         self.path = path
         self.meta = LeRobotMeta(path)
-        images = {name: f for name, f in self.meta.features.items() if f["dtype"] in ("image", "video")}
+        images = {name: f for name, f in self.meta.features.items() if _is_colour(f)}
         if not images:
             raise DemoError(f"{path} has no images, which the policy needs. It has: {', '.join(self.meta.features)}")
         self._cameras = {
@@ -60,7 +60,7 @@ class LeRobotSource:
         }
         self._action = action_key or "action"
         keys = ["observation.state"] if state_keys is None else list(state_keys)
-        low = {name: f for name, f in self.meta.features.items() if name not in images and f["dtype"] != "string"}
+        low = {name: f for name, f in self.meta.features.items() if f["dtype"] not in ("image", "video", "string")}
         for name, option in [(self._action, "action_key"), *((key, "state_keys") for key in keys)]:
             if name not in low:
                 raise DemoError(f"{path} has no {name!r} ({option}).{nearest(name, low)} It has: {', '.join(low)}")
@@ -143,6 +143,14 @@ def _short(name: str) -> str:
         if name.startswith(prefix):
             return name.removeprefix(prefix)
     return name
+
+
+def _is_colour(feature: dict[str, Any]) -> bool:
+    """An image or a video of three channels; depth maps are stored as either, too."""
+    if feature["dtype"] not in ("image", "video") or len(feature["shape"]) != 3:
+        return False
+    about = feature.get("info") or {}
+    return 3 in (feature["shape"][0], feature["shape"][2]) and not about.get("video.is_depth_map")
 
 
 def _size(feature: dict[str, Any]) -> int:
