@@ -26,10 +26,14 @@ _PUBLIC = {
     # models
     "create_model": "xdfast.models",
     "load_encoder": "xdfast.models",
+    "load_policy": "xdfast.robot",
+    "DiffusionPolicy": "xdfast.robot",
     # the pipeline
     "DistillConfig": "xdfast.pipeline",
     "FinetuneConfig": "xdfast.pipeline",
     "EvaluateConfig": "xdfast.pipeline",
+    "PolicyConfig": "xdfast.pipeline",
+    "EvaluatePolicyConfig": "xdfast.pipeline",
     "distill": "xdfast.pipeline",
     "finetune": "xdfast.pipeline",
     "evaluate": "xdfast.pipeline",
@@ -39,11 +43,14 @@ _PUBLIC = {
 __all__ = [
     "AAD",
     "BarlowTwinsLoss",
+    "DiffusionPolicy",
     "DistillConfig",
     "EvaluateConfig",
+    "EvaluatePolicyConfig",
     "FeatureMSELoss",
     "FinetuneConfig",
     "KDLoss",
+    "PolicyConfig",
     "RSDLoss",
     "VICRegLoss",
     "__version__",
@@ -55,6 +62,7 @@ __all__ = [
     "finetune",
     "list_losses",
     "load_encoder",
+    "load_policy",
     "prepare_teacher",
     "report",
     "rsd_loss",
@@ -73,12 +81,15 @@ if TYPE_CHECKING:  # what type checkers and editors see; nothing of it runs
     from xdfast.pipeline import (  # type: ignore[no-redef]  # mypy takes functions for modules of the same name
         DistillConfig,
         EvaluateConfig,
+        EvaluatePolicyConfig,
         FinetuneConfig,
+        PolicyConfig,
         distill,
         evaluate,
         finetune,
         report,
     )
+    from xdfast.robot import DiffusionPolicy, load_policy
 
 
 #: Sub-packages reachable as attributes, loaded on first use like the names above.

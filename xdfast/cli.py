@@ -15,8 +15,8 @@ __all__ = ["main"]
 
 _VERBS = {
     "distill": "a student learns from a frozen teacher",
-    "finetune": "supervised training of one model",
-    "evaluate": "top-1/5, k-NN, linear probe, CKA of a run or model",
+    "finetune": "supervised training of one model; with --task, of a robot's policy from demonstrations",
+    "evaluate": "top-1/5, k-NN, linear probe, CKA of a run or model; success rate of a robot's policy",
     "report": "one HTML page and a JSON from finished runs",
     "cache": "teacher caches: info, verify, build, remove",
     "data": "check: look at every image, name those that cannot be read",
@@ -104,15 +104,48 @@ def _distill(args: list[str]) -> None:
 
 
 def _finetune(args: list[str]) -> None:
-    from xdfast.pipeline import FinetuneConfig, finetune
+    from xdfast.pipeline import FinetuneConfig, PolicyConfig, finetune
 
-    _finish(finetune(parse_config(FinetuneConfig, args, "finetune")))
+    cls = PolicyConfig if _names_a_task(args) else FinetuneConfig
+    _finish(finetune(parse_config(cls, args, "finetune")))
 
 
 def _evaluate(args: list[str]) -> None:
-    from xdfast.pipeline import EvaluateConfig, evaluate
+    from xdfast.pipeline import EvaluateConfig, EvaluatePolicyConfig, evaluate
 
-    _finish(evaluate(parse_config(EvaluateConfig, args, "evaluate")))
+    cls = EvaluatePolicyConfig if _names_a_policy(args) else EvaluateConfig
+    _finish(evaluate(parse_config(cls, args, "evaluate")))
+
+
+def _names_a_task(args: list[str]) -> bool:
+    """Whether ``finetune`` is asked to train a robot's policy: by ``--task``, or by a recipe with a task."""
+    if any(arg == "--task" or arg.startswith("--task=") for arg in args):
+        return True
+    from xdfast.pipeline.config import load_yaml
+    from xdfast.recipes import recipe_path
+
+    recipe = _option(args, "--recipe")
+    return recipe is not None and {"task", "demos"} & set(load_yaml(recipe_path(recipe))) != set()
+
+
+def _names_a_policy(args: list[str]) -> bool:
+    """Whether ``evaluate`` is given the run of a policy."""
+    from pathlib import Path
+
+    from xdfast.pipeline.config import load_yaml
+
+    file = Path(_option(args, "--model") or ".") / "config.yaml"
+    return file.is_file() and load_yaml(file).get("kind") == "policy"
+
+
+def _option(args: list[str], name: str) -> str | None:
+    """The value of ``--name value`` or ``--name=value``; None if it is not there."""
+    for arg, following in zip(args, [*args[1:], ""]):
+        if arg == name:
+            return following
+        if arg.startswith(f"{name}="):
+            return arg.partition("=")[2]
+    return None
 
 
 def _finish(result: Any) -> None:

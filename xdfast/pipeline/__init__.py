@@ -7,13 +7,16 @@ from xdfast.pipeline.distill import distill
 from xdfast.pipeline.evaluate import EvaluateResult, evaluate
 from xdfast.pipeline.finetune import finetune
 from xdfast.pipeline.folder import RunResult, load_run
+from xdfast.pipeline.policy_config import EvaluatePolicyConfig, PolicyConfig
 from xdfast.pipeline.report import report
 
 __all__ = [
     "DistillConfig",
     "EvaluateConfig",
+    "EvaluatePolicyConfig",
     "EvaluateResult",
     "FinetuneConfig",
+    "PolicyConfig",
     "RunResult",
     "distill",
     "evaluate",

@@ -7,7 +7,7 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,11 @@ from xdfast.pipeline.config import EvaluateConfig
 from xdfast.pipeline.data import eval_loader, open_images
 from xdfast.pipeline.folder import RunResult, load_run, model_source
 from xdfast.pipeline.journal import ProgressLine
+from xdfast.pipeline.policy_config import EvaluatePolicyConfig
 from xdfast.pipeline.probes import knn_accuracy, linear_cka, linear_probe_accuracy
+
+if TYPE_CHECKING:
+    from xdfast.pipeline.evaluate_policy import PolicyEvaluation
 
 __all__ = ["EvaluateResult", "accuracy", "evaluate"]
 
@@ -125,28 +129,35 @@ def extract(
 
 
 def evaluate(
-    model: str | RunResult | FeatureModel | nn.Module | EvaluateConfig | None = None,
+    model: str | RunResult | FeatureModel | nn.Module | EvaluateConfig | EvaluatePolicyConfig | None = None,
     *,
     data: Any = None,
     val_data: Any = None,
     teacher: Any = None,
     **settings: Any,
-) -> EvaluateResult:
-    """Top-1/top-5, k-NN, linear probe and linear CKA to the teacher, on the validation images.
+) -> EvaluateResult | PolicyEvaluation:
+    """Top-1/top-5, k-NN, linear probe and linear CKA to the teacher, on the validation images; of a robot's policy, the
+    success rate in simulation::
+
+        result = xd.evaluate(policy, episodes=50, videos=3)  # settings: EvaluatePolicyConfig
 
     Args:
-        model: a run (or its folder), a timm name, an ``nn.Module``, or an :class:`EvaluateConfig`.
+        model: a run (or its folder), a timm name, an ``nn.Module``, an :class:`EvaluateConfig` or
+            :class:`EvaluatePolicyConfig`.
         data, val_data: as in :class:`EvaluateConfig`, or a dataset object; default: those of the run.
         teacher: name or module for the CKA; default: that of the run; False for none.
-        settings: other fields of :class:`EvaluateConfig`.
+        settings: other fields of :class:`EvaluateConfig` (of :class:`EvaluatePolicyConfig` for a policy).
 
     Returns:
-        :class:`EvaluateResult`; also written to ``evaluation.json`` in ``out`` or the run's folder.
+        :class:`EvaluateResult` or :class:`PolicyEvaluation`; also written to ``evaluation.json`` in ``out`` or the run's
+        folder.
 
     Raises:
         ValueError: a bad setting, no data given, or classes that do not fit the model.
     """
-    run = _as_run(model.model if isinstance(model, EvaluateConfig) else model)
+    run = _as_run(model.model if isinstance(model, (EvaluateConfig, EvaluatePolicyConfig)) else model)
+    if _is_policy(model, run):
+        return _evaluate_policy(model, run, data, val_data, teacher, settings)
     config = _config(model, run, data, val_data, teacher, settings)
     config.validate()
     device = distributed.device_for_rank(config.device)
@@ -209,6 +220,28 @@ def evaluate(
     if out is not None and distributed.is_main():
         _write(result, out)
     return result
+
+
+def _is_policy(model: Any, run: RunResult | None) -> bool:
+    if isinstance(model, EvaluatePolicyConfig) or (run is not None and run.kind == "policy"):
+        return True
+    return isinstance(model, nn.Module) and type(model).__name__ == "DiffusionPolicy"
+
+
+def _evaluate_policy(
+    model: Any, run: RunResult | None, data: Any, val_data: Any, teacher: Any, settings: dict[str, Any]
+) -> PolicyEvaluation:
+    for name, value in (("data", data), ("val_data", val_data), ("teacher", teacher)):
+        if value is not None and value is not False:
+            raise ValueError(f"{name} has no meaning for a policy: it is evaluated in simulation")
+    if isinstance(model, EvaluatePolicyConfig):
+        config = dataclasses.replace(model, **settings)
+    else:
+        config = EvaluatePolicyConfig.from_dict({"model": str(run.path) if run else "object", **settings})
+    from xdfast.pipeline.evaluate_policy import evaluate_policy  # needs the robot extra
+
+    policy: Any = model if run is None and isinstance(model, nn.Module) else None
+    return evaluate_policy(config, policy, run)
 
 
 def trains_classifier(config: dict[str, Any]) -> bool:

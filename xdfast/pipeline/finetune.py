@@ -1,4 +1,4 @@
-"""``finetune``: supervised training of one model, from scratch or from a distilled student."""
+"""``finetune``: supervised training of one model from scratch or from a distilled student; of a robot's policy, too."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from xdfast import distributed
 from xdfast.pipeline.config import FinetuneConfig
 from xdfast.pipeline.data import open_images, train_loader, view_size
 from xdfast.pipeline.folder import RunResult, open_folder
+from xdfast.pipeline.policy_config import PolicyConfig
 from xdfast.pipeline.task import SupervisedTask
 from xdfast.pipeline.train_run import make_student, run_training, settings_of
 
@@ -20,7 +21,7 @@ log = logging.getLogger("xdfast")
 
 
 def finetune(
-    model: str | nn.Module | RunResult | FinetuneConfig | None = None,
+    model: str | nn.Module | RunResult | FinetuneConfig | PolicyConfig | None = None,
     *,
     data: Any = None,
     val_data: Any = None,
@@ -31,19 +32,26 @@ def finetune(
     The classifier is made anew when the data has other classes than the model. ``freeze="encoder"`` trains the
     classifier alone. Resumes, runs under ``torchrun`` and saves like :func:`xdfast.distill`.
 
+    With ``task``, ``model`` becomes the encoder of a robot's diffusion policy, and both learn together from demonstrations
+    (X-Distill, stage 2; settings: :class:`PolicyConfig`)::
+
+        policy = xd.finetune("runs/x", task="metaworld/drawer-open-v3", demos=10, out="runs/x-drawer")
+
     Args:
         model: timm name, ``NAME@/path/weights``, folder of a run, an ``nn.Module``, a finished run, or a
-            :class:`FinetuneConfig` with everything.
+            :class:`FinetuneConfig` or :class:`PolicyConfig` with everything.
         data, val_data: path or name as in :class:`FinetuneConfig`, or a torch dataset of (image, label).
-        settings: fields of :class:`FinetuneConfig`.
+        settings: fields of :class:`FinetuneConfig`; of :class:`PolicyConfig` if ``task`` is among them.
 
     Returns:
-        :class:`RunResult` with ``.student``, ``.metrics``, ``.path``.
+        :class:`RunResult` with ``.student`` (or ``.policy``), ``.metrics``, ``.path``.
 
     Raises:
         ValueError: a bad setting, or an ``out`` folder of another config.
         RuntimeError: the loss is not finite, or the resume file belongs to other data.
     """
+    if isinstance(model, PolicyConfig) or "task" in settings:
+        return _finetune_policy(model, data, val_data, settings)
     config, model = (model, None) if isinstance(model, FinetuneConfig) else (None, model)
     config = settings_of(FinetuneConfig, config, {"model": model}, {"data": data, "val_data": val_data}, settings)
     config.validate()
@@ -58,3 +66,17 @@ def finetune(
     size = view_size(config, images.train, [net])
     loader, batch_augment = train_loader(config, images.train, size, net)
     return run_training("finetune", task, images, loader, batch_augment, config, out, identity={})
+
+
+def _finetune_policy(model: Any, data: Any, val_data: Any, settings: dict[str, Any]) -> RunResult:
+    if data is not None or val_data is not None:
+        raise ValueError(
+            "a policy learns from demos=…, a number of scripted ones or a path; data and val_data are for images"
+        )
+    if "demos" in settings:
+        settings = {**settings, "demos": str(settings["demos"])}
+    config, model = (model, None) if isinstance(model, PolicyConfig) else (None, model)
+    config = settings_of(PolicyConfig, config, {"model": model}, {}, settings)
+    from xdfast.pipeline.finetune_policy import finetune_policy  # needs the robot extra
+
+    return finetune_policy(config, model)

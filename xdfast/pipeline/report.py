@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from xdfast.losses import parse_losses
 from xdfast.models import create_model
-from xdfast.pipeline.evaluate import evaluate, load_evaluation
+from xdfast.pipeline.evaluate import EvaluateResult, evaluate, load_evaluation
 from xdfast.pipeline.folder import RunResult, load_run, model_source
 
 if TYPE_CHECKING:
@@ -113,7 +113,9 @@ def _record(run: RunResult) -> RunRecord:
     evaluation = load_evaluation(run.path)
     if evaluation is None:
         log.info("%s was not evaluated yet; doing so now", run.path)
-        evaluation = evaluate(run, teacher=False if spec is None or _is_object(spec) else spec)
+        told = evaluate(run, teacher=False if spec is None or _is_object(spec) else spec)
+        assert isinstance(told, EvaluateResult)  # policies have records of their own
+        evaluation = told
     return RunRecord(
         name=run.path.name,
         method=method_of(run),

@@ -15,14 +15,25 @@ _NAMES = {
     "DiffusionSettings": "xdfast.robot.diffusion",
     "EncoderSpec": "xdfast.robot.encoder",
     "build_encoder": "xdfast.robot.encoder",
+    "load_policy": "xdfast.robot.policy_files",
+    "save_policy": "xdfast.robot.policy_files",
 }
 
-__all__ = ["DiffusionPolicy", "DiffusionSettings", "EncoderSpec", "PolicySpec", "build_encoder"]
+__all__ = [
+    "DiffusionPolicy",
+    "DiffusionSettings",
+    "EncoderSpec",
+    "PolicySpec",
+    "build_encoder",
+    "load_policy",
+    "save_policy",
+]
 
 if TYPE_CHECKING:
     from xdfast.robot.diffusion import DiffusionSettings
     from xdfast.robot.encoder import EncoderSpec, build_encoder
     from xdfast.robot.policy import DiffusionPolicy, PolicySpec
+    from xdfast.robot.policy_files import load_policy, save_policy
 
 
 def __getattr__(name: str) -> Any:
