@@ -87,7 +87,9 @@ def evaluate_policy(
         policy = load_policy(_which(run.path, config.which))
     task = config.task or policy.spec.task
     if not task:
-        raise ValueError("the policy does not know its task; name one: evaluate(policy, task='metaworld/drawer-open-v3')")
+        raise ValueError(
+            "the policy does not know its task; name one: evaluate(policy, task='metaworld/drawer-open-v3')"
+        )
     task = task_spec(task).name
     check_task(policy, task)
     out = Path(config.out).expanduser() if config.out else run.path if run is not None else None
