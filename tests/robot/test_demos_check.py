@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -249,3 +251,13 @@ def test_cli_collect_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, caps
             "progress": False,
         }
     ]
+
+
+def test_nothing_here_imports_torch() -> None:
+    """Collection runs in processes that render; Triton, which torch and diffusers bring, crashes beside software OpenGL."""
+    code = (
+        "import sys, xdfast.robot.demos.open, xdfast.robot.demos.check, xdfast.robot.demos.convert, xdfast.robot.demos.sheet\n"
+        "print([m for m in ('torch', 'triton', 'diffusers', 'h5py', 'zarr', 'av', 'pyarrow') if m in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
