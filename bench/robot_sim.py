@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -59,16 +60,20 @@ def measure(task: str, size: int) -> dict[str, Any]:
 
 
 def collect_once(task: str, episodes: int, size: int, workers: int) -> dict[str, float]:
-    """One collection: frames a second in all and by core, with the start of the workers and without it."""
+    """One collection: frames a second, by core and by CPU second; the start of the workers is in it."""
     from xdfast.robot.demos.collect import collect
 
     with tempfile.TemporaryDirectory() as folder:
         # One episode starts everything (files in the cache); what follows is timed.
         collect(task, 1, Path(folder) / "first", image_size=size, workers=1, progress=False)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         found = collect(task, episodes, Path(folder) / "demos", image_size=size, workers=workers, progress=False)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {
         "frames": found.frames,
         "seconds": round(found.seconds, 2),
         "frames_per_s": round(found.frames / found.seconds, 1),
+        "frames_per_cpu_s": round(found.frames / cpu, 1),  # what other processes on the machine disturb least
         "frames_per_s_and_core": round(found.frames / found.seconds / workers, 1),
     }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+
 import numpy as np
 
 from xdfast._optional import require
@@ -33,7 +36,8 @@ class AdroitTask:
     """
 
     def __init__(self, spec: TaskSpec, image_size: int) -> None:
-        require("gymnasium_robotics", "robot", purpose="the Adroit tasks")
+        with contextlib.redirect_stderr(io.StringIO()):  # prints a notice about rewards, of which success is no part
+            require("gymnasium_robotics", "robot", purpose="the Adroit tasks")
         self._mujoco = require("mujoco", "robot", purpose="the Adroit tasks")
         module = require(f"gymnasium_robotics.envs.adroit_hand.adroit_{spec.env}", "robot", purpose="the Adroit tasks")
         self.spec = spec
