@@ -1,0 +1,158 @@
+"""Grad-CAM of a policy's encoder: it finds what the encoder looks at, and leaves the policy as it was."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("captum", reason="captum is not installed: pip install xdfast[analysis]")
+pytest.importorskip("diffusers", reason="diffusers is not installed: pip install xdfast[robot]")
+
+from xdfast.models import create_model
+from xdfast.robot import DiffusionPolicy, PolicySpec, build_encoder
+from xdfast.robot.gradcam import find_layer
+from xdfast.robot.saliency import film_strip, saliency_maps
+
+
+class Corner(nn.Module):
+    """Sees the upper left quarter of a 48 px picture alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=4, padding=1)
+        self.head = nn.Linear(8, 5)
+        mask = torch.zeros(12, 12)
+        mask[:6, :6] = 1
+        self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        return self.head((self.conv(x).relu() * self.mask).mean((2, 3)))
+
+
+def make_policy(model="test_resnet", *, size=48, cameras=("front",), **settings) -> DiffusionPolicy:
+    torch.manual_seed(0)
+    encoder, facts = build_encoder(model, image_size=size)
+    spec = PolicySpec(
+        4, 9, cameras, (size + 8, size + 8), crop=size, encoder=facts, feature_dim=8, unet_widths=(8, 16), **settings
+    )
+    return DiffusionPolicy(spec, encoder)
+
+
+def episode(policy, count=5) -> list[dict[str, np.ndarray]]:
+    spec, rng = policy.spec, np.random.default_rng(0)
+    shape = (len(spec.cameras), spec.n_obs, *spec.image_size, 3)
+    return [
+        {"images": rng.integers(0, 256, shape, dtype=np.uint8), "state": np.zeros((spec.n_obs, spec.state_dim))}
+        for _ in range(count)
+    ]
+
+
+def test_an_encoder_that_sees_one_corner_has_its_saliency_there() -> None:
+    policy = make_policy(Corner())
+    maps = saliency_maps(policy, episode(policy), layer="conv")
+    assert maps.shape == (5, 48, 48) and maps.dtype == np.float32
+    assert maps.min() >= 0 and np.allclose(maps.max((1, 2)), 1)
+    # Grad-CAM weighs channels, not places: the activations outside the corner stay, so only what comes after the mask tells
+    policy = make_policy(pooled())
+    maps = saliency_maps(policy, episode(policy))
+    assert (maps[:, :24, :24].sum((1, 2)) > 0.85 * maps.sum((1, 2))).all()
+
+
+class MaskedStem(Corner):
+    """The map behind the mask."""
+
+    def forward(self, x):
+        return self.conv(x).relu() * self.mask
+
+
+def pooled() -> nn.Module:
+    """Its last map is averaged and goes to a linear layer, so that its Grad-CAM is never empty."""
+    return nn.Sequential(MaskedStem(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+
+@pytest.mark.parametrize("model", ["test_resnet", "test_vit", "test_convnext"])
+def test_a_frozen_policy_keeps_its_modes_and_has_no_gradients(model) -> None:
+    policy = make_policy(model, size=64)
+    policy.requires_grad_(False)
+    policy.train()
+    policy.diffusion.eval()  # modes may differ below
+    modes = [part.training for part in policy.modules()]
+    maps = saliency_maps(policy, episode(policy, 3))
+    assert maps.shape == (3, 64, 64) and set(maps.max((1, 2)).tolist()) <= {
+        0.0,
+        1.0,
+    }  # random weights: a map may be empty
+    assert [part.training for part in policy.modules()] == modes
+    assert all(p.grad is None and not p.requires_grad for p in policy.parameters())
+    again = saliency_maps(policy, episode(policy, 3))
+    np.testing.assert_array_equal(maps, again)  # hooks of the first call are gone, and nothing is drawn at random
+
+
+def test_trained_parameters_get_no_gradients_either() -> None:
+    policy = make_policy().train()
+    saliency_maps(policy, episode(policy, 2))
+    assert all(p.grad is None and p.requires_grad for p in policy.parameters())
+
+
+def test_layers() -> None:
+    resnet = create_model("resnet18", pretrained=False, image_size=84)
+    assert (find_layer(resnet).name, find_layer(resnet).side) == ("layer3", 6)  # layer4 has 3 x 3 cells
+    assert find_layer(resnet, least_side=1).name == "layer4"
+    assert find_layer(resnet, "layer4").side == 3
+    vit = find_layer(create_model("test_vit", pretrained=False, image_size=64))
+    assert (vit.layout, vit.side, vit.prefix) == ("tokens", 4, 1)
+    from timm.models.swin_transformer import SwinTransformer
+
+    net = SwinTransformer(
+        img_size=32, patch_size=2, embed_dim=16, depths=(1, 1), num_heads=(2, 2), window_size=4, num_classes=0
+    )
+    swin = find_layer(create_model(net, image_size=32))
+    assert (swin.layout, swin.side) == ("NHWC", 8)
+    with pytest.raises(ValueError, match="has no module 'layer9'"):
+        find_layer(resnet, "layer9")
+    with pytest.raises(ValueError, match="gives no map"):
+        find_layer(resnet, "global_pool")
+
+
+def test_each_camera_has_its_own_maps() -> None:
+    policy = make_policy(pooled(), cameras=("front", "wrist"), n_obs=2, share_encoder=False)
+    seen = episode(policy, 2)
+    front, wrist = (saliency_maps(policy, seen, camera=camera) for camera in ("front", "wrist"))
+    assert front.shape == wrist.shape and not np.array_equal(front, wrist)
+    with pytest.raises(ValueError, match="no camera 'top'; it has front, wrist"):
+        saliency_maps(policy, seen, camera="top")
+
+
+def test_film_strip_is_a_picture_with_a_column_per_frame() -> None:
+    from PIL import Image
+
+    policy = make_policy(fps=80)
+    wide, narrow = (
+        Image.open(io.BytesIO(film_strip(policy, episode(policy, 9), count, title="a < b"))) for count in (6, 3)
+    )
+    assert wide.format == "PNG" and wide.size[0] == pytest.approx(2 * narrow.size[0], abs=2)
+    short = Image.open(io.BytesIO(film_strip(policy, episode(policy, 2), 8)))
+    assert short.size[0] < narrow.size[0]  # two observations, two columns
+
+
+def test_bad_input() -> None:
+    policy = make_policy()
+    with pytest.raises(ValueError, match="no observations"):
+        saliency_maps(policy, [])
+    with pytest.raises(ValueError, match="count must be ≥ 1"):
+        film_strip(policy, episode(policy), 0)
+    with pytest.raises(ValueError, match=r"observation 1: expected images uint8 \[1, 1, 56, 56, 3\], got float64"):
+        first = episode(policy, 1)[0]
+        saliency_maps(policy, [first, {"images": first["images"] / 255.0}])
+    with pytest.raises(ValueError, match="has no module that gives a map"):
+        blind = make_policy(nn.Sequential(nn.Flatten(), nn.Linear(3 * 48 * 48, 4), nn.ReLU(), nn.Linear(4, 3)))
+        saliency_maps(blind, episode(blind))
+    state_only = DiffusionPolicy(
+        PolicySpec(4, 9, (), (0, 0), crop=1, encoder=policy.spec.encoder, unet_widths=(8, 16)), policy.encoders[0]
+    )
+    with pytest.raises(ValueError, match="no camera"):
+        saliency_maps(state_only, episode(policy))
