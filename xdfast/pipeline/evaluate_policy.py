@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import json
 import logging
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from xdfast import distributed
+from xdfast._optional import require
 from xdfast.models import weights_hash
 from xdfast.models.checkpoint import atomic_write
 from xdfast.pipeline.folder import RunResult, load_run
@@ -30,6 +32,7 @@ __all__ = ["PolicyEvaluation", "evaluate_policy", "load_policy_evaluation"]
 log = logging.getLogger("xdfast")
 
 EVALUATION_FILE = "evaluation.json"
+SALIENCY_FILE = "saliency.png"
 _EPISODES_FILE = "episodes.jsonl"
 
 
@@ -39,13 +42,15 @@ class PolicyEvaluation:
 
     Attributes:
         model: name of the run.
-        path: its folder, with evaluation.json, episodes.jsonl, videos/.
+        path: its folder, with evaluation.json, episodes.jsonl, videos/, saliency.png.
         task: in which it acted.
         metrics: success (rate in [0, 1]), success_low and success_high (Wilson's 95 % interval), episodes, solved,
             mean_steps (of the solved ones), latency_ms (median of one decision).
         episodes: seed, success and steps of each.
         videos: outcome ("success-SEED", "failure-SEED") → file in ``path``.
         latency: of one decision, milliseconds; see :class:`xdfast.robot.runner.Latency`.
+        saliency: file in ``path`` with what the encoder looked at over an episode; empty if there is none.
+        settings: ``which`` policy of the run, and ``max_steps`` of an episode (None: the task's).
     """
 
     model: str
@@ -55,6 +60,8 @@ class PolicyEvaluation:
     episodes: list[dict[str, Any]] = field(default_factory=list)
     videos: dict[str, str] = field(default_factory=dict)
     latency: dict[str, Any] = field(default_factory=dict)
+    saliency: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -126,9 +133,10 @@ def evaluate_policy(
         metrics={**_metrics(results), "latency_ms": latency.p50},
         episodes=[{"seed": r.seed, "success": r.success, "steps": r.steps} for r in results],
         latency=dataclasses.asdict(latency),
+        settings={"which": config.which, "max_steps": config.max_steps},
     )
     if out is not None:
-        result.videos = _film(config, policy, task, results, out)
+        result.videos, result.saliency = _film(config, policy, task, results, out)
         text = json.dumps(result.to_dict(), indent=2)
         atomic_write(out / EVALUATION_FILE, lambda aside: aside.write_text(text, encoding="utf-8"))
     return result
@@ -166,16 +174,46 @@ def _metrics(results: list[EpisodeResult]) -> dict[str, float]:
 
 def _film(
     config: EvaluatePolicyConfig, policy: DiffusionPolicy, task: str, results: list[EpisodeResult], out: Path
-) -> dict[str, str]:
-    """Videos of the first successes and failures, played again from their actions."""
+) -> tuple[dict[str, str], str]:
+    """Videos of the first successes and failures, played again from their actions, and the saliency of the first of them."""
     chosen = [r for r in results if r.success][: config.videos] + [r for r in results if not r.success][: config.videos]
     names = [f"{'success' if r.success else 'failure'}-{r.seed}" for r in chosen]
-    if chosen and policy.spec.cameras:
-        (out / "videos").mkdir(parents=True, exist_ok=True)
+    if not policy.spec.cameras:
+        return {}, ""
+    saliency = config.saliency and _can_explain()
+    with tempfile.TemporaryDirectory() as aside:
         paths = [out / "videos" / f"{name}.mp4" for name in names]
-        film(policy, task, chosen, paths, max_steps=config.max_steps)
-        return {name: f"videos/{name}.mp4" for name in names}
-    return {}
+        if not chosen and saliency:  # no video is wanted, but its observations are
+            chosen = [next((r for r in results if r.success), results[0])]
+            paths = [Path(aside) / "episode.mp4"]
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        seen = film(policy, task, chosen, paths, max_steps=config.max_steps)
+    drawn = saliency and _explain(policy, task, chosen[0], seen[0], out / SALIENCY_FILE)
+    return {name: f"videos/{name}.mp4" for name in names}, SALIENCY_FILE if drawn else ""
+
+
+def _can_explain() -> bool:
+    try:
+        require("captum", extra="analysis", purpose="saliency maps")
+    except ImportError as error:
+        log.warning("no saliency film strip: %s; saliency=False says nothing", error)
+        return False
+    return True
+
+
+def _explain(policy: DiffusionPolicy, task: str, episode: EpisodeResult, seen: list[Any], file: Path) -> bool:
+    """Whether there is a picture: an encoder may have no layer that keeps positions."""
+    from xdfast.robot.saliency import film_strip
+
+    outcome = "solved" if episode.success else "not solved"
+    try:
+        picture = film_strip(policy, seen, title=f"{task}, seed {episode.seed}, {outcome}")
+    except ValueError as error:
+        log.warning("no saliency film strip: %s", error)
+        return False
+    atomic_write(file, lambda aside: aside.write_bytes(picture))
+    return True
 
 
 class _EpisodeLog:

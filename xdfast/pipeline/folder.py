@@ -5,7 +5,7 @@ policy/           a robot's policy      policy-best/    the best in evaluations 
 resume.pt         to continue           student/        the result, loadable by plain timm
 summary.json      final figures; its presence means the run is finished
 projectors.safetensors                  of feature losses: student features → the teacher's
-evaluation.json, embedding.npz          written by evaluate
+evaluation.json, embedding.npz          written by evaluate; of a policy episodes.jsonl, videos/, saliency.png
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ _OURS = (
     "policy",
     "policy-best",
     "videos",
+    "saliency.png",
+    "episodes.jsonl",
     "tensorboard",
 )
 

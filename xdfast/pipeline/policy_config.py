@@ -181,6 +181,8 @@ class EvaluatePolicyConfig(_Config):
     """Episodes simulated side by side; default: up to 10, fewer where memory or cores are few."""
     videos: int = 3
     """Videos of the first so many successes, and of as many failures."""
+    saliency: bool = True
+    """Draw what the encoder looks at over an episode (saliency.png; needs captum, of the analysis extra)."""
     which: Literal["best", "last"] = "last"
     """The last policy, or the one that was best in the evaluations during training."""
     out: str | None = None
