@@ -72,6 +72,13 @@ def test_a_seed_decides_the_episode_in_any_process_and_after_any_other_episode()
     assert digests(0, *names) == digests(2, *names)
 
 
+def test_a_process_with_torch_is_told_to_start_another():
+    assert "torch" in sys.modules
+    with pytest.raises(RuntimeError, match=r"has torch loaded.*vector_env\('metaworld/drawer-open-v3', 1\)"):
+        SimEnv("drawer-open").reset(seed=0)
+    assert "mujoco" not in sys.modules
+
+
 _EPISODES = """
 import json, sys
 import numpy as np

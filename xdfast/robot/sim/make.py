@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
+from xdfast.errors import nearest
+from xdfast.robot.sim.gl import renderer
 from xdfast.robot.sim.names import task_spec
 from xdfast.robot.sim.task import Task, TaskSpec
 
@@ -20,8 +25,6 @@ def check_cameras(spec: TaskSpec, cameras: tuple[str, ...] | list[str] | None) -
     Raises:
         ValueError: a name the task does not have, one given twice, or none at all.
     """
-    from xdfast.errors import nearest
-
     if cameras is None:
         return spec.cameras[:1]
     if isinstance(cameras, str):
@@ -38,10 +41,22 @@ def check_cameras(spec: TaskSpec, cameras: tuple[str, ...] | list[str] | None) -
     return tuple(cameras)
 
 
+def _ready_to_render(spec: TaskSpec) -> None:
+    """Makes sure that what renders is chosen, and that this process will not die of it."""
+    if "torch" in sys.modules:
+        raise RuntimeError(
+            f"{spec.name} cannot be started in this process, which has torch loaded: software OpenGL and Triton in one "
+            f"process end in a segmentation fault. Start it in one of its own: "
+            f"xdfast.robot.sim.vector.vector_env({spec.name!r}, 1)"
+        )
+    if not os.environ.get("MUJOCO_GL"):  # workers are given it
+        os.environ["MUJOCO_GL"] = renderer().name
+
+
 def make_task(name: str | TaskSpec, image_size: int = 96) -> Task:
     """Starts a task's simulator and renderer in this process.
 
-    Processes that use Triton (torch.compile, diffusers) must not call it: see :mod:`xdfast.robot.sim.gl`.
+    A process that has torch is refused: it may come to use Triton, see :mod:`xdfast.robot.sim.gl`.
 
     Args:
         name: of the task, or its spec.
@@ -49,10 +64,13 @@ def make_task(name: str | TaskSpec, image_size: int = 96) -> Task:
 
     Raises:
         ValueError: unknown task or impossible size.
+        RuntimeError: this process has torch loaded.
+        NoRendererError: nothing can render here.
         ImportError: the robot extra is not installed.
     """
     spec = task_spec(name) if isinstance(name, str) else name
     check_image_size(image_size)
+    _ready_to_render(spec)
     if spec.simulator == "metaworld":
         from xdfast.robot.sim.metaworld import MetaWorldTask
 
