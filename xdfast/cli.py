@@ -22,6 +22,7 @@ _VERBS = {
     "data": "check: look at every image, name those that cannot be read",
     "demos": "robot demonstrations: info, check, convert, show, collect",
     "demo": "scratch, KD and RSD side by side on real images, with a report",
+    "demo-robot": "distilled and from-scratch encoders in a diffusion policy, in closed loop, with a report",
     "bench": "time the losses against their rivals on this machine",
     "recipes": "list the settings that ship with xdfast",
     "doctor": "versions, devices, backends that would run and why",
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = "\n".join(f"  {name:9s} {text}" for name, text in _VERBS.items())
+    lines = "\n".join(f"  {name:10s} {text}" for name, text in _VERBS.items())
     hint = "`xdfast VERB --help` lists the options; --traceback shows where an error arose."
     return f"usage: xdfast VERB [options]\n\n{lines}\n\n{hint}"
 
@@ -211,6 +212,14 @@ def _demo(args: list[str]) -> None:
     demo(tyro.cli(DemoConfig, args=args, prog="xdfast demo", description=_VERBS["demo"]))
 
 
+def _demo_robot(args: list[str]) -> None:
+    import tyro
+
+    from xdfast.pipeline.demo_robot import DemoRobotConfig, demo_robot
+
+    demo_robot(tyro.cli(DemoRobotConfig, args=args, prog="xdfast demo-robot", description=_VERBS["demo-robot"]))
+
+
 @dataclasses.dataclass
 class _BenchOptions:
     """The cross-correlation loss, forward and backward, against its rivals and the floor of its matrix products.
@@ -278,6 +287,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "data": _data,
     "demos": _demos,
     "demo": _demo,
+    "demo-robot": _demo_robot,
     "bench": _bench,
     "recipes": _recipes,
     "doctor": _doctor,
