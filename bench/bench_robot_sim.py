@@ -22,7 +22,7 @@ try:
     _RENDERER, _WHY = renderer(), ""
 except (NoRendererError, ImportError) as error:
     _RENDERER, _WHY = None, str(error)
-pytestmark = pytest.mark.skipif(_RENDERER is None, reason=_WHY or "renders")
+pytestmark = [pytest.mark.skipif(_RENDERER is None, reason=_WHY or "renders"), pytest.mark.timeout(900)]
 
 
 def _about() -> dict:
@@ -32,7 +32,7 @@ def _about() -> dict:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def bench_collect_drawer_open_96(benchmark, workers: int) -> None:
-    rounds = [collect_once("drawer-open", 20, 96, workers) for _ in range(3)]
+    rounds = [collect_once("drawer-open", 10, 96, workers) for _ in range(3)]
     middle = statistics.median(r["frames_per_cpu_s"] for r in rounds)
     benchmark.extra_info.update(machine=_about(), rounds=rounds, median_frames_per_cpu_s=middle, target=MUST_REACH)
     benchmark.pedantic(collect_once, args=("drawer-open", 5, 96, workers), rounds=1)

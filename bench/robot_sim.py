@@ -40,8 +40,8 @@ camera = task.spec.cameras[0]
 print(json.dumps({
     "start_s": round(start, 2),
     "resets_per_s": per_second(lambda: task.reset(0), 1),
-    "steps_per_s": per_second(lambda: task.step(action), 2),
-    "frames_per_s": per_second(lambda: task.frame(camera), 3),
+    "steps_per_s": per_second(lambda: task.step(action), 1),
+    "frames_per_s": per_second(lambda: task.frame(camera), 2),
 }))
 """
 
