@@ -17,6 +17,7 @@ _VERBS = {
     "distill": "a student learns from a frozen teacher",
     "finetune": "supervised training of one model; with --task, of a robot's policy from demonstrations",
     "evaluate": "top-1/5, k-NN, linear probe, CKA of a run or model; success rate of a robot's policy",
+    "suite": "several encoders on many robot tasks, run side by side and continued, with one report",
     "report": "one HTML page and a JSON from finished runs",
     "cache": "teacher caches: info, verify, build, remove",
     "data": "check: look at every image, name those that cannot be read",
@@ -147,6 +148,16 @@ def _option(args: list[str], name: str) -> str | None:
         if arg.startswith(f"{name}="):
             return arg.partition("=")[2]
     return None
+
+
+def _suite(args: list[str]) -> int:
+    from xdfast.pipeline.suite import SuiteConfig, run_suite
+
+    import tyro
+
+    result = run_suite(tyro.cli(SuiteConfig, args=args, prog="xdfast suite", description=_VERBS["suite"]))
+    _finish(result)
+    return 1 if result.failed else 0
 
 
 def _finish(result: Any) -> None:
@@ -282,6 +293,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "distill": _distill,
     "finetune": _finetune,
     "evaluate": _evaluate,
+    "suite": _suite,
     "report": _report,
     "cache": _cache,
     "data": _data,

@@ -124,7 +124,7 @@ def open_demonstrations(config: PolicyConfig, out: Path) -> Demonstrations:
     # Named by everything that determines them: runs of other encoders and seeds find them there.
     name = f"{spec.env}-{size}px-{'-'.join(cameras)}-seed{config.demo_seed}"
     folder = out.parent / "demos" / name
-    if distributed.is_main():
+    if distributed.is_main() and _episodes_in(folder) < int(config.demos):
         collect(
             spec.name,
             int(config.demos),
@@ -196,6 +196,10 @@ def crop_features(policy: DiffusionPolicy, windows: Windows, config: PolicyConfi
         parts.append(torch.cat(rows))
     line.close()
     return torch.stack(parts)
+
+
+def _episodes_in(folder: Path) -> int:
+    return len(open_demos(folder)) if (folder / "manifest.json").is_file() and any(folder.glob("episodes/*")) else 0
 
 
 class _Best:

@@ -1,0 +1,309 @@
+"""``suite``: many tasks, several encoders, several seeds; run side by side, continued where it stopped, one report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xdfast.errors import nearest
+from xdfast.pipeline.config import _Config, load_yaml
+from xdfast.pipeline.evaluate_policy import PolicyEvaluation, load_policy_evaluation
+from xdfast.pipeline.finetune_policy import open_demonstrations
+from xdfast.pipeline.folder import load_run
+from xdfast.pipeline.policy_config import EVAL_SEED, PolicyConfig
+from xdfast.progress import ProgressLine
+from xdfast.recipes import recipe_path
+from xdfast.robot.sim.names import SUITES, suite, task_spec
+
+if TYPE_CHECKING:
+    from xdfast.reporting import Report
+
+__all__ = ["SuiteConfig", "SuiteResult", "run_suite", "suite_tasks"]
+
+log = logging.getLogger("xdfast")
+
+
+@dataclass(kw_only=True)
+class SuiteConfig(_Config):
+    """Every encoder on every task with every seed: training, closed-loop evaluation, one table."""
+
+    tasks: str
+    """A suite (metaworld-easy, metaworld-medium, metaworld-hard, metaworld-very-hard, metaworld-50, adroit), or tasks
+    separated by commas."""
+    encoders: dict[str, str]
+    """Name and model of each, such as scratch resnet18 distilled runs/x; "frozen:" before a model leaves it untrained."""
+    out: str
+    """Output folder. Run the same command again to continue."""
+    recipe: str = "policy-metaworld"
+    """Settings of the policies: a recipe's name or a YAML file."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings that differ from the recipe, such as steps: 1000."""
+    demos: str | None = None
+    """Folder with demonstrations, one sub-folder per task named like the task (drawer-open-v3); default: the recipe's
+    number from the scripted experts."""
+    seeds: int = 3
+    episodes: int = 50
+    """Closed-loop episodes of each policy."""
+    eval_seed: int = EVAL_SEED
+    videos: int = 1
+    """Videos of successes, and of failures, of each policy."""
+    jobs: int | None = None
+    """Runs side by side; default: one per GPU, or one per two cores."""
+    device: str = "auto"
+    progress: bool = True
+
+    def validate(self) -> None:
+        """Checks every value, and every run's settings, before any work."""
+        self._positive("seeds", "episodes", "jobs")
+        self._not_negative("videos", "eval_seed")
+        if not self.encoders:
+            raise ValueError("encoders is empty; name at least one, such as {'scratch': 'resnet18'}")
+        for name in self.encoders:
+            if not name or any(c in name for c in "/\\ "):
+                raise ValueError(f"encoders: {name!r} becomes a folder's name; use letters, digits, - and _")
+        known = {f.name for f in dataclasses.fields(PolicyConfig)}
+        for key in self.settings:
+            if key not in known:
+                raise ValueError(f"settings: a policy has no setting {key!r}.{nearest(key, known)}")
+        for job in _jobs(self):
+            job.config.validate()
+            if self.demos is None and not task_spec(job.task).has_expert:
+                raise ValueError(f"{job.task} has no scripted expert; give a folder of demonstrations with demos=…")
+
+
+@dataclass
+class SuiteResult:
+    """What a suite came to.
+
+    Attributes:
+        path: its folder.
+        results: (task, encoder) → evaluations, one per seed, of the runs that ended.
+        failed: run → why it failed.
+        report: page and JSON; None if no run ended.
+    """
+
+    path: Path
+    results: dict[tuple[str, str], list[PolicyEvaluation]]
+    failed: dict[str, str]
+    report: Report | None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Mean success of each encoder over tasks and seeds."""
+        means: dict[str, list[float]] = {}
+        for (_, encoder), found in self.results.items():
+            means.setdefault(encoder, []).append(sum(r.metrics["success"] for r in found) / len(found))
+        return {f"success_{name}": sum(values) / len(values) for name, values in means.items()}
+
+
+def suite_tasks(tasks: str) -> list[str]:
+    """Canonical names of a suite, or of tasks separated by commas.
+
+    Raises:
+        ValueError: unknown name; offers the nearest.
+    """
+    if tasks in SUITES:
+        return suite(tasks)
+    return [task_spec(name.strip()).name for name in tasks.split(",") if name.strip()]
+
+
+def run_suite(config: SuiteConfig | None = None, **settings: Any) -> SuiteResult:
+    """Trains and evaluates every policy of a suite.
+
+    Each run is a process of its own in ``OUT/TASK/ENCODER-seedN``, an ordinary run's folder: killed at any moment, the same
+    call skips what is finished and continues the rest. A run that fails leaves its log there and does not stop the others.
+
+    Args:
+        config: all settings; or give them as keyword arguments, see :class:`SuiteConfig`.
+
+    Raises:
+        ValueError: a bad setting of the suite or of any run, told before the first one starts.
+        NoRendererError: nothing can render.
+    """
+    from xdfast.robot.sim.gl import renderer
+
+    config = SuiteConfig.from_dict(settings, source="run_suite()") if config is None else config
+    config.validate()
+    log.info("rendering with %s (%s)", *renderer())
+    out = Path(config.out).expanduser()
+    jobs = list(_jobs(config))
+    for job in {job.task: job for job in jobs if not job.finished(config.episodes)}.values():
+        open_demonstrations(job.config, job.folder)  # once, with all cores, before several runs want them
+    failed = _run_all(config, jobs)
+    results: dict[tuple[str, str], list[PolicyEvaluation]] = {}
+    ended = []
+    for job in jobs:
+        found = load_policy_evaluation(job.folder) if (job.folder / "summary.json").is_file() else None
+        if found is not None:
+            results.setdefault((job.task, job.encoder), []).append(found)
+            ended.append(load_run(job.folder))
+    page = None
+    if ended:
+        from xdfast.pipeline.report import report
+
+        notes = [f"{run} failed: {why}" for run, why in failed.items()]
+        title = f"{config.tasks}: {', '.join(config.encoders)}"
+        page = report(ended, out=out / "report.html", title=title, notes=notes, measure_speed=False)
+    _write_table(out, results)
+    return SuiteResult(out, results, failed, page)
+
+
+@dataclass
+class _Job:
+    task: str
+    encoder: str
+    seed: int
+    config: PolicyConfig
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.out)
+
+    @property
+    def name(self) -> str:
+        return f"{task_spec(self.task).env}/{self.folder.name}"
+
+    def finished(self, episodes: int) -> bool:
+        found = load_policy_evaluation(self.folder) if (self.folder / "summary.json").is_file() else None
+        return found is not None and found.metrics["episodes"] >= episodes
+
+
+def _jobs(config: SuiteConfig) -> Iterator[_Job]:
+    """Seed by seed, so that all encoders and tasks have come as far whenever it is stopped."""
+    values = load_yaml(recipe_path(config.recipe))
+    values = {k: v for k, v in values.items() if k not in ("verb", "about")}
+    out = Path(config.out).expanduser()
+    for seed in range(config.seeds):
+        for task in suite_tasks(config.tasks):
+            for name, model in config.encoders.items():
+                own = {"task": task, "seed": seed, "out": str(out / task_spec(task).env / f"{name}-seed{seed}")}
+                own["model"] = model.removeprefix("frozen:")
+                if model.startswith("frozen:"):
+                    own["encoder"] = "frozen"
+                if config.demos is not None:
+                    own["demos"] = str(Path(config.demos).expanduser() / task_spec(task).env)
+                merged = {**values, "episodes": 0, "device": config.device, **config.settings, **own}
+                yield _Job(task, name, seed, PolicyConfig.from_dict(merged, source=f"recipe {config.recipe}"))
+
+
+def _run_all(config: SuiteConfig, jobs: list[_Job]) -> dict[str, str]:
+    """Runs what is not finished; returns run → why it failed."""
+    waiting = [job for job in jobs if not job.finished(config.episodes)]
+    done = len(jobs) - len(waiting)
+    side_by_side = config.jobs or _default_jobs(config.device)
+    line = ProgressLine(f"suite {config.tasks}", len(jobs), done, enabled=config.progress)
+    line.update(done, f"{done} finished before")
+    running: dict[_Process, _Job] = {}
+    failed: dict[str, str] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < side_by_side:
+                job = waiting.pop(0)
+                running[_Process(config, job, side_by_side)] = job
+            time.sleep(0.2)
+            for process, job in list(running.items()):
+                if process.alive():
+                    continue
+                del running[process]
+                done += 1
+                if process.failed() or not job.finished(config.episodes):
+                    failed[job.name] = process.reason()
+                    log.warning("%s failed: %s", job.name, failed[job.name])
+                line.update(done, f"{job.name} {_told(job)}")
+    finally:
+        for process in running:
+            process.stop()
+        line.close(f"{done} of {len(jobs)} runs, {len(failed)} failed")
+    return failed
+
+
+class _Process:
+    """One run: training, then evaluation, its output in the run's log.txt."""
+
+    def __init__(self, config: SuiteConfig, job: _Job, side_by_side: int) -> None:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        self._log = job.folder / "log.txt"
+        plan = {
+            "policy": job.config.to_dict(),
+            "episodes": config.episodes,
+            "eval_seed": config.eval_seed,
+            "videos": config.videos,
+            "device": config.device,
+        }
+        threads = max(1, (os.cpu_count() or 1) // side_by_side)
+        # a run beside others must not take all cores, neither for its arithmetic nor for its simulators
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "XDFAST_SUITE_JOB": json.dumps(plan)}
+        env["PYTHONSAFEPATH"] = "1"  # the working directory is none of the run's business
+        with open(self._log, "ab") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", "from xdfast.pipeline.suite import _run_job; _run_job()"],
+                env=env,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def failed(self) -> bool:
+        return self._process.returncode != 0
+
+    def reason(self) -> str:
+        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return f"{lines[-1] if lines else 'no output'} (exit status {self._process.returncode}; {self._log})"
+
+    def stop(self) -> None:
+        """Lets the run save itself, and waits."""
+        if self.alive():
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _run_job() -> None:
+    """The body of a run's process."""
+    from xdfast.pipeline.evaluate import evaluate
+    from xdfast.pipeline.finetune import finetune
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    plan = json.loads(os.environ.pop("XDFAST_SUITE_JOB"))
+    run = finetune(PolicyConfig.from_dict({**plan.pop("policy"), "progress": True}))
+    evaluate(run, **plan, progress=True)
+
+
+def _default_jobs(device: str) -> int:
+    import torch
+
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return max(1, (os.cpu_count() or 1) // 2)
+
+
+def _told(job: _Job) -> str:
+    found = load_policy_evaluation(job.folder)
+    return f"{found.metrics['success']:.0%}" if found is not None else "failed"
+
+
+def _write_table(out: Path, results: dict[tuple[str, str], list[PolicyEvaluation]]) -> None:
+    """results.json: every run's success, for other people's scripts."""
+    rows = [
+        {"task": task, "encoder": encoder, "run": found.model, **found.metrics}
+        for (task, encoder), listed in results.items()
+        for found in listed
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
