@@ -151,9 +151,9 @@ def _option(args: list[str], name: str) -> str | None:
 
 
 def _suite(args: list[str]) -> int:
-    from xdfast.pipeline.suite import SuiteConfig, run_suite
-
     import tyro
+
+    from xdfast.pipeline.suite import SuiteConfig, run_suite
 
     result = run_suite(tyro.cli(SuiteConfig, args=args, prog="xdfast suite", description=_VERBS["suite"]))
     _finish(result)

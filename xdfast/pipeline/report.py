@@ -11,6 +11,7 @@ from xdfast.losses import parse_losses
 from xdfast.models import create_model
 from xdfast.pipeline.evaluate import EvaluateResult, evaluate, load_evaluation
 from xdfast.pipeline.folder import RunResult, load_run, model_source
+from xdfast.pipeline.report_policy import policy_records
 
 if TYPE_CHECKING:
     from xdfast.reporting import ModelRecord, Report, RunRecord
@@ -26,7 +27,7 @@ def report(
     runs: Any,
     *,
     out: str | Path = "report.html",
-    title: str = "Distillation report",
+    title: str | None = None,
     batch_sizes: Sequence[int] = (1, 32),
     device: str = "cpu",
     measure_speed: bool = True,
@@ -34,13 +35,14 @@ def report(
 ) -> Report:
     """One self-contained HTML page, and a JSON beside it: accuracy, FLOPs, memory, latency, speedup over the teacher, pictures.
 
+    Of robots' policies: success by task and encoder, training, latency, videos, saliency, stages of the task in feature space.
     Runs that differ only in their seed are one method with a confidence interval. A run that was not evaluated yet is
     evaluated first. Models are timed side by side, in turns, on this machine.
 
     Args:
         runs: a finished run, its folder, or several of them.
         out: the page; the JSON has the same name with ``.json``.
-        title: of the page.
+        title: of the page; default: "Distillation report", or "Robot policies" if there are only policies.
         batch_sizes: at which latency and images/s are measured.
         device: on which they are measured.
         measure_speed: False leaves the measurement out.
@@ -59,16 +61,19 @@ def report(
     if not listed:
         raise ValueError("report needs at least one finished run or its folder")
     found = [run if isinstance(run, RunResult) else load_run(run) for run in listed]
+    policies = [run for run in found if run.kind == "policy"]
+    found = [run for run in found if run.kind != "policy"]
     records = records_of(found)
     return build_report(
         records,
         [*_teachers(found), *_students(found, records)],
         out,
-        title=title,
+        title=title or ("Distillation report" if found else "Robot policies"),
         batch_sizes=tuple(batch_sizes),
         device=device,
         measure_speed=measure_speed,
         notes=list(notes),
+        policies=policy_records(policies) if policies else [],
     )
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from xdfast.reporting.flops import FlopCount, count_flops
 from xdfast.reporting.page import build_report
-from xdfast.reporting.records import ModelRecord, Report, RunRecord
+from xdfast.reporting.records import ModelRecord, PolicyRecord, Report, RunRecord
 from xdfast.reporting.speed import SpeedTable, compare_speed
 from xdfast.reporting.tables import compare_to_scratch, method_table, summarize
 
 __all__ = [
     "FlopCount",
     "ModelRecord",
+    "PolicyRecord",
     "Report",
     "RunRecord",
     "SpeedTable",

@@ -15,7 +15,7 @@ from xdfast.settings import FREE_SETTINGS
 __all__ = ["Group", "group_runs"]
 
 #: What does not make another method of a run: settings that leave its result alone, how often it was looked at, its seed.
-_IGNORED = FREE_SETTINGS | {"seed", "kind", "eval_every"}
+_IGNORED = FREE_SETTINGS | {"seed", "kind", "eval_every"} | {"evaluate_every", "episodes", "eval_seed", "envs"}
 
 
 @dataclass

@@ -17,7 +17,9 @@ from xdfast.reporting import content, plots
 from xdfast.reporting.adapt import check_size
 from xdfast.reporting.embedding import tsne
 from xdfast.reporting.groups import Group, group_runs
-from xdfast.reporting.records import ModelRecord, Report, RunRecord
+from xdfast.reporting.policy_page import PolicyPart, policy_part
+from xdfast.reporting.policy_words import short
+from xdfast.reporting.records import ModelRecord, PolicyRecord, Report, RunRecord
 from xdfast.reporting.speed import SpeedTable, compare_speed
 from xdfast.reporting.svg import Picture
 from xdfast.reporting.tables import METRICS, accuracy_table, format_difference, format_metric
@@ -28,6 +30,7 @@ log = logging.getLogger("xdfast")
 
 #: Most t-SNE pictures: each takes seconds.
 _MOST_TSNE = 8
+_SECTIONS = ("accuracy", "curves", "cost", "confusion", "tsne")
 
 
 def build_report(
@@ -41,11 +44,12 @@ def build_report(
     measure_speed: bool = True,
     notes: Sequence[str] = (),
     seconds: float | None = None,
+    policies: Sequence[PolicyRecord] = (),
 ) -> Report:
     """Writes the page and the JSON.
 
     Args:
-        records: finished and evaluated runs.
+        records: finished and evaluated runs of image models; may be empty if there are policies.
         models: networks whose cost is counted and measured; may be empty. Speedups are over the teacher if there is
             one, else over the model with the most parameters.
         out: the page; ``.html`` is added if it has no suffix. The JSON has the same name with ``.json``.
@@ -55,6 +59,7 @@ def build_report(
         measure_speed: False leaves it out.
         notes: sentences for under the title.
         seconds: rough limit of the measurement; default: 5 per model and batch size.
+        policies: finished runs of robots' policies; the JSON then has ``robot``.
 
     Returns:
         :class:`Report`.
@@ -63,7 +68,7 @@ def build_report(
         ValueError: no records, or a bad batch size or image size.
         OSError: the folder cannot be made or written; told before anything is measured.
     """
-    groups, left_out = group_runs(records)
+    groups, left_out = group_runs(records) if records or not policies else ([], [])
     for batch in batch_sizes:
         check_size("batch_sizes", batch)
     if measure_speed and not batch_sizes:
@@ -81,22 +86,24 @@ def build_report(
         *count_notes,
         *(content.notes_on_speed(speed) if speed else []),
     ]
+    part = policy_part(policies) if policies else None
     data: dict[str, Any] = content.plain(
         {
             "title": title,
-            "headline": content.headline(groups, cost, speed),
+            "headline": [*(part.headline if part else []), *content.headline(groups, cost, speed)],
             "notes": list(notes),
             "remarks": warned,
             "accuracy": accuracy_table(groups),
             "cost": cost,
             "speed": speed.to_dict() if speed else None,
-            "runs": [_run(record) for record in records],
+            "runs": [_run(record) for record in [*records, *policies]],
             "skipped_images": {path: why for record in records for path, why in record.skipped.items()},
             "environment": content.environment(),
+            **({"robot": part.data} if part else {}),
         }
     )
-    pictures = _pictures(groups, cost, data["speed"])
-    page = _render(data, pictures)
+    pictures = _pictures(groups, cost, data["speed"]) if groups else {section: [] for section in _SECTIONS}
+    page = _render(data, pictures, part)
     _write(json_path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     _write(path, page)
     log.info("report written to %s", path)
@@ -225,15 +232,23 @@ def _tradeoff(cost: Sequence[dict[str, Any]], speed: Any) -> Picture | None:
     return plots.tradeoff(points, label, name)
 
 
-def _render(data: dict[str, Any], pictures: dict[str, list[Picture]]) -> str:
+def _render(data: dict[str, Any], pictures: dict[str, list[Picture]], part: PolicyPart | None) -> str:
     import jinja2
     import markupsafe  # comes with jinja2
 
-    source = resources.files("xdfast.reporting").joinpath("page.html.j2").read_text(encoding="utf-8")
-    jinja = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    folder = resources.files("xdfast.reporting")
+    jinja = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
+    )
     jinja.filters.update(
         metric=lambda value, name: format_metric(name, value),
         points=format_difference,
+        rate=lambda value: format_metric("success", value),
+        short=short,
         bytes=_bytes,
         giga=lambda v: "–" if v is None else f"{v / 1e9:.3g}" if v >= 1e7 else f"{v / 1e9:.2g}",
         count=_count,
@@ -241,12 +256,15 @@ def _render(data: dict[str, Any], pictures: dict[str, list[Picture]]) -> str:
         ms=lambda v: f"{v:.3g}" if v < 1000 else f"{v:,.0f}",
         shown=lambda v: "none" if v is None else v if isinstance(v, str) else json.dumps(v, ensure_ascii=False),
     )
-    rows = data["accuracy"]
-    return jinja.from_string(source).render(
+    robot = data.get("robot")
+    rows = data["accuracy"] or []
+    return jinja.get_template("page.html.j2").render(
         data=data,
-        pictures=pictures,
+        pictures=pictures | (part.pictures if part else {"success": [], "training": [], "stages": []}),
+        clips=part.clips if part else [],
+        strips=part.strips if part else [],
         metrics={m: t for m, t in METRICS.items() if any(m in row["metrics"] for row in rows)},
-        with_scratch=any(row["to_scratch"] for row in rows),
+        with_scratch=any(row["to_scratch"] for row in [*rows, *(robot["table"] if robot else [])]),
         with_speedup=bool(data["speed"] and data["speed"]["baseline"]),
     )
 

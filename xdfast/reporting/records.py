@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-__all__ = ["ModelRecord", "Report", "RunRecord"]
+__all__ = ["ModelRecord", "PolicyRecord", "Report", "RunRecord"]
 
 
 @dataclass
@@ -46,6 +46,39 @@ class RunRecord:
     model_name: str = ""
     skipped: dict[str, str] = field(default_factory=dict)
     steps: int | None = None
+
+
+@dataclass
+class PolicyRecord(RunRecord):
+    """One finished run of a robot's policy. ``method`` is what its encoder is called, ``kind`` is "policy".
+
+    Attributes:
+        task: in which it acted, such as "metaworld/drawer-open-v3".
+        episodes: ``seed``, ``success``, ``steps`` of each; empty if it was not evaluated.
+        evaluated: of the evaluation: ``which`` policy of the run, ``max_steps``.
+        latency: measured milliseconds of a decision: p50, p95, encode, denoise; steps, runs, batch, how.
+        cost: counted, of a decision: see :class:`xdfast.robot.cost.DecisionCost`.
+        videos: "success-SEED" or "failure-SEED" → file.
+        saliency: picture, or None.
+        stages: what :func:`xdfast.robot.stages.stage_separation` gives, or None.
+        norm: what became of the encoder's BatchNorm.
+        source: where the encoder came from.
+        demos: how many demonstrations it learned from.
+        remarks: what could not be found or done, for people.
+    """
+
+    task: str = ""
+    episodes: list[dict[str, Any]] = field(default_factory=list)
+    evaluated: dict[str, Any] = field(default_factory=dict)
+    latency: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, Any] | None = None
+    videos: dict[str, Path] = field(default_factory=dict)
+    saliency: Path | None = None
+    stages: dict[str, Any] | None = None
+    norm: str = ""
+    source: str = ""
+    demos: int | None = None
+    remarks: list[str] = field(default_factory=list)
 
 
 @dataclass
