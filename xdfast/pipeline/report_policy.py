@@ -32,8 +32,7 @@ def policy_records(runs: Sequence[RunResult]) -> list[PolicyRecord]:
         name = encoder_name(run)
         key = (run.config.get("task"), name, run.config.get("encoder"))
         records.append(_record(run, name, with_stages=key not in staged))
-        if records[-1].stages is not None:
-            staged.add(key)
+        staged.add(key)
     return records
 
 

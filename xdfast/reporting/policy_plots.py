@@ -48,9 +48,11 @@ def success(tasks: Sequence[TaskGroups], rows: Sequence[dict[str, Any]]) -> Pict
             if low_high:  # around the pooled rate, which is the mean where all runs have equally many episodes
                 ax.plot([100 * x for x in low_high], [y, y], color=own["color"], linewidth=2, solid_capstyle="butt")
             if row["n"] > 1:
-                ax.scatter(
-                    [100 * v for v in row["per_run"]], [y + 0.26] * row["n"], s=12, color=own["color"], linewidths=0
-                )
+                values = [round(100 * v, 6) for v in row["per_run"]]
+                heights = [
+                    y + 0.24 + 0.13 * values[:i].count(v) for i, v in enumerate(values)
+                ]  # equal ones side by side
+                ax.scatter(values, heights, s=12, color=own["color"], linewidths=0)
             ax.plot([rate], [y], marker=own["marker"], color=own["color"], markersize=8)
             places.append(y)
             labels.append(row["label"])

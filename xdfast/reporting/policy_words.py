@@ -27,7 +27,7 @@ def findings(rows: Sequence[dict[str, Any]], means: Sequence[dict[str, Any]]) ->
             f"({_seeds(best['n'])})."
         )
         told += [_against(row, f"Over {row['tasks']} tasks") for row in means if row["to_scratch"]]
-    for task in tasks if len(tasks) <= _MOST_TASKS else []:
+    for task in [] if means or len(tasks) > _MOST_TASKS else tasks:
         mine = [row for row in rows if row["task"] == task and row["success"]]
         if not mine:
             continue
@@ -72,7 +72,11 @@ def remarks(tasks: Sequence[TaskGroups]) -> list[str]:
                 f"{short(task.task)}: {', '.join(picked)} was evaluated with the policy that did best in evaluations during "
                 "training; its rate is too good by that choice if the episodes are the same."
             )
-        told += [f"{run.name}: {text}" for group in task.groups for run in runs_of(group) for text in run.remarks]
+    said: dict[str, list[str]] = {}
+    for run in (run for task in tasks for group in task.groups for run in runs_of(group)):
+        for text in run.remarks:
+            said.setdefault(text, []).append(run.name)
+    told += [f"{_listed(names)}: {text}" for text, names in said.items()]
     groups = [group for task in tasks for group in task.groups]
     if groups and all(len(group.runs) == 1 for group in groups):
         told.append(
@@ -83,22 +87,37 @@ def remarks(tasks: Sequence[TaskGroups]) -> list[str]:
 
 
 def differing_settings(tasks: Sequence[TaskGroups]) -> dict[str, Any]:
-    """``columns`` (groups) and ``rows`` (setting → one value per group) of the settings in which groups differ."""
+    """``columns`` and ``rows`` (setting → one value per column) of the settings in which groups differ.
+
+    Columns are encoders; tasks and encoders where an encoder has other settings in another task.
+    """
     groups = [(task.task, group) for task in tasks for group in task.groups]
-    several = len(tasks) > 1
-    columns = [f"{short(task)} · {group.label}" if several else group.label for task, group in groups]
     keys = dict.fromkeys(key for _, group in groups for run in group.runs for key in run.config if key not in _UNTOLD)
-    rows: dict[str, list[str]] = {}
-    for key in keys:
-        values = [", ".join(dict.fromkeys(_shown(run.config.get(key)) for run in group.runs)) for _, group in groups]
-        if len(set(values)) > 1:
-            rows[key] = values
-    return {"columns": columns, "rows": rows}
+    of_group = [
+        (task, group.label, {key: _values(group.runs, key) for key in keys})
+        for task, group in groups
+    ]  # fmt: skip
+    first = {label: settings for _, label, settings in reversed(of_group)}
+    columns = dict(first)
+    if any(settings != first[label] for _, label, settings in of_group):
+        columns = {f"{short(task)} · {label}": settings for task, label, settings in of_group}
+    rows = {key: [settings[key] for settings in columns.values()] for key in keys}
+    names = list(dict.fromkeys(label for _, label, _ in of_group)) if columns == first else list(columns)
+    ordered = {key: [columns[name][key] for name in names] for key, values in rows.items() if len(set(values)) > 1}
+    return {"columns": names, "rows": ordered}
+
+
+def _values(runs: Sequence[Any], key: str) -> str:
+    return ", ".join(dict.fromkeys(_shown(run.config.get(key)) for run in runs))
 
 
 def short(task: str) -> str:
     """``metaworld/drawer-open-v3`` → ``drawer-open-v3``."""
     return task.rpartition("/")[2] or task or "unnamed task"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
 
 
 def _shown(value: Any) -> str:
