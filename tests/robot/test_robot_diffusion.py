@@ -8,6 +8,8 @@ import torch
 from xdfast.robot.diffusion import PREDICTIONS, SCHEDULERS, Diffusion, DiffusionSettings, make_scheduler
 from xdfast.robot.unet1d import ConditionalUnet1d
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def _diffusion(*settings) -> Diffusion:
     return Diffusion(ConditionalUnet1d(3, 6, widths=(16, 32)), DiffusionSettings(*settings))

@@ -17,6 +17,8 @@ from xdfast.robot.normalize import MinMax
 from xdfast.robot.policy import crop
 from xdfast.robot.runner import PolicyRunner, measure_latency
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def _observation(policy, rows=3):
     spec = policy.spec

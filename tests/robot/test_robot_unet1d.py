@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from xdfast.robot.unet1d import ConditionalUnet1d
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def _plain(net: ConditionalUnet1d, actions, steps, condition):
     """One block after the other, each with its own FiLM of the joined vector, as the paper draws it."""

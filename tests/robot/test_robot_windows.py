@@ -10,6 +10,8 @@ from policy_parts import SIZE, write_demos
 from xdfast.robot.demos.open import open_demos
 from xdfast.robot.windows import WindowLoader, Windows
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def demos(tmp_path):
