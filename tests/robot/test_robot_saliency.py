@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from torch import nn
 
 pytest.importorskip("captum", reason="captum is not installed: pip install xdfast[analysis]")
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install xdfast[robot]")
+
+from sim_process import needs_renderer
 
 from xdfast.models import create_model
 from xdfast.robot import DiffusionPolicy, PolicySpec, build_encoder
@@ -156,3 +159,23 @@ def test_bad_input() -> None:
     )
     with pytest.raises(ValueError, match="no camera"):
         saliency_maps(state_only, episode(policy))
+
+
+@needs_renderer
+def test_evaluate_leaves_the_film_strip_even_without_videos(tmp_path, monkeypatch, caplog) -> None:
+    from xdfast.pipeline.evaluate_policy import evaluate_policy
+    from xdfast.pipeline.policy_config import EvaluatePolicyConfig
+
+    torch.manual_seed(0)
+    encoder, facts = build_encoder("test_resnet", image_size=40)
+    spec = PolicySpec(4, 9, ("dp3",), (48, 48), crop=40, encoder=facts, feature_dim=8, unet_widths=(8, 16))
+    policy = DiffusionPolicy(spec, encoder).eval()
+    settings = {"model": "-", "task": "drawer-open", "episodes": 1, "max_steps": 16, "device": "cpu", "progress": False}
+    config = EvaluatePolicyConfig(**settings, videos=0, out=str(tmp_path))
+    result = evaluate_policy(config, policy)
+    assert result.saliency == "saliency.png" and result.videos == {} and not (tmp_path / "videos").exists()
+    assert (tmp_path / "saliency.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "captum", None)  # as if it were not installed
+    with caplog.at_level("WARNING", "xdfast"):
+        without = evaluate_policy(config, policy)
+    assert without.saliency == "" and 'pip install "xdfast[analysis]"' in caplog.text

@@ -100,6 +100,6 @@ def count_decision(policy: DiffusionPolicy) -> DecisionCost:
         step_macs=step.macs,
         steps=steps,
         macs=pictures * picture + condition.macs + steps * step.macs,
-        encoder_params=sum(p.numel() for p in policy.encoders.parameters()),
+        encoder_params=sum(p.numel() for p in policy.encoders.parameters()) if cameras else 0,
         denoiser_params=sum(p.numel() for p in policy.diffusion.parameters()),
     )

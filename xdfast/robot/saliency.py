@@ -126,7 +126,7 @@ def film_strip(
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     cell = 1.15  # inches
-    tight = ConstrainedLayoutEngine(w_pad=0.015, h_pad=0.015, wspace=0.0, hspace=0.0)
+    tight = ConstrainedLayoutEngine(w_pad=0.015, h_pad=0.03, wspace=0.0, hspace=0.0)
     figure = Figure(figsize=(cell * len(picked), 2 * cell + 0.22 + (0.25 if title else 0)), dpi=150, layout=tight)
     FigureCanvasAgg(figure)
     if title:
