@@ -178,7 +178,8 @@ class _ReportOptions:
     """Folders of finished runs."""
     out: str = "report.html"
     """The page; the JSON stands beside it."""
-    title: str = "Distillation report"
+    title: str | None = None
+    """Of the page; default: by what is in it."""
     batch_sizes: tuple[int, ...] = (1, 32)
     """Batch sizes at which latency and images/s are measured."""
     device: str = "cpu"

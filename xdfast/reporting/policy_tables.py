@@ -152,7 +152,9 @@ def averages(tasks: Sequence[TaskGroups]) -> list[dict[str, Any]]:
                 "success": asdict(summarize(seeds[label].values())),
                 "to_scratch": gained,
                 "scratch": scratch[0] if gained else None,
-                "equal_budget": all(budget(task[label]) == budget(task[scratch[0]]) for task in shared) if gained else None,
+                "equal_budget": all(budget(task[label]) == budget(task[scratch[0]]) for task in shared)
+                if gained
+                else None,
             }
         )
     return rows
