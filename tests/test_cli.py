@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import timm
 
-from xdfast import DistillConfig, __version__
+from xdfast import DistillConfig, PolicyConfig, __version__
 from xdfast.cli import main
 from xdfast.data import augment_preset
 from xdfast.pipeline.config import load_yaml
+from xdfast.pipeline.suite import SuiteConfig
 from xdfast.recipes import recipe_names, recipe_path
 
 SMALL = [
@@ -20,7 +21,18 @@ SMALL = [
 def test_help_lists_every_verb(capsys) -> None:
     assert main([]) == 0
     text = capsys.readouterr().out
-    for verb in ("distill", "finetune", "evaluate", "report", "demo", "recipes", "doctor"):
+    for verb in (
+        "distill",
+        "finetune",
+        "evaluate",
+        "report",
+        "demo",
+        "demo-robot",
+        "suite",
+        "demos",
+        "recipes",
+        "doctor",
+    ):
         assert f"  {verb}" in text
 
 
@@ -91,7 +103,14 @@ def test_doctor_runs(capsys) -> None:
 def test_every_recipe_is_a_valid_config(name) -> None:
     values = load_yaml(recipe_path(name))
     verb = values.pop("verb")
-    assert verb == "distill" and values.pop("about")
+    assert values.pop("about")
+    if verb == "suite":
+        SuiteConfig.from_dict({"out": "o", "encoders": {"scratch": "resnet18"}, **values}, source=name).validate()
+        return
+    assert verb in ("distill", "finetune")
+    if verb == "finetune":  # of a policy
+        PolicyConfig.from_dict({"task": "drawer-open", "out": "o", **values}, source=name).validate()
+        return
     config = DistillConfig.from_dict({"teacher": "t", "student": "s", "data": "d", "out": "o", **values}, source=name)
     config.validate()
     augment_preset(config.augment, num_classes=10)

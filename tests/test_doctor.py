@@ -88,7 +88,15 @@ def test_robot_without_a_renderer_is_a_warning_with_the_fix(monkeypatch):
 def test_table_and_json_output(capsys):
     assert doctor.main([]) == 0
     text = capsys.readouterr().out
-    for word in ("torch", "timm", "extension xdfast._C", "NVIDIA apex", "NVIDIA DALI", "simulated robot tasks", "rsd_loss"):
+    for word in (
+        "torch",
+        "timm",
+        "extension xdfast._C",
+        "NVIDIA apex",
+        "NVIDIA DALI",
+        "simulated robot tasks",
+        "rsd_loss",
+    ):
         assert word in text
     assert doctor.main(["--json"]) == 0
     assert json.loads(capsys.readouterr().out)["xdfast"]["version"]

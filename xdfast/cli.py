@@ -151,11 +151,9 @@ def _option(args: list[str], name: str) -> str | None:
 
 
 def _suite(args: list[str]) -> int:
-    import tyro
-
     from xdfast.pipeline.suite import SuiteConfig, run_suite
 
-    result = run_suite(tyro.cli(SuiteConfig, args=args, prog="xdfast suite", description=_VERBS["suite"]))
+    result = run_suite(parse_config(SuiteConfig, args, "suite"))
     _finish(result)
     return 1 if result.failed else 0
 

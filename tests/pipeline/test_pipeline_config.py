@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from xdfast.cli import parse_config
-from xdfast.pipeline import DistillConfig, EvaluateConfig, FinetuneConfig
+from xdfast.pipeline import DistillConfig, EvaluateConfig, FinetuneConfig, PolicyConfig
 from xdfast.recipes import recipe_names, recipe_path
 
 BASE = {"teacher": "a", "student": "b", "data": "c", "out": "d"}
@@ -40,12 +40,17 @@ def test_yaml_round_trip(tmp_path) -> None:
     assert parse_config(FinetuneConfig, [f"--recipe={path}", "--epochs", "9"], "finetune").epochs == 9
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", [name for name in recipe_names() if not name.startswith("suite-")])
 def test_every_shipped_recipe_makes_a_valid_config(name) -> None:
-    config = parse_config(DistillConfig, ["--recipe", name, *FLAGS], "distill")
-    config.validate()
     values = yaml.safe_load(recipe_path(name).read_text())
-    assert config.epochs == values["epochs"]
+    if values["verb"] == "finetune":  # of a policy
+        flags = ["--recipe", name, "--task", "drawer-open", "--out", "o"]
+        config = parse_config(PolicyConfig, flags, "finetune")
+        assert config.steps == values["steps"] and config.unet_widths == tuple(values["unet_widths"])
+    else:
+        config = parse_config(DistillConfig, ["--recipe", name, *FLAGS], "distill")
+        assert config.epochs == values["epochs"]
+    config.validate()
     assert config.lr == values["lr"]
 
 

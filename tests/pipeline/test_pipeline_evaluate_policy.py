@@ -119,8 +119,10 @@ def test_evaluations_while_training_keep_the_best(tmp_path) -> None:
         ({"encoders": {"a b": "resnet18"}}, "becomes a folder's name"),
         ({"settings": {"stepz": 1}}, "no setting 'stepz'. Did you mean 'steps'"),
         ({"settings": {"steps": 0}}, "steps must be > 0"),
+        ({"encoder_settings": {"scrach": {}}}, "no encoder 'scrach'. Did you mean 'scratch'"),
+        ({"encoder_settings": {"scratch": {"stepz": 1}}}, "no setting 'stepz'"),
         ({"tasks": "adroit"}, "no scripted expert; give a folder of demonstrations"),
-        ({"recipe": "policy-metawrld"}, "policy-metaworld"),
+        ({"policy": "policy-metawrld"}, "policy-metaworld"),
         ({"seeds": 0}, "seeds must be > 0"),
     ],
 )
@@ -143,6 +145,7 @@ def test_a_suite_goes_on_after_a_failure_and_does_not_repeat_what_is_finished(tm
     settings = {
         **{k: v for k, v in SMALL.items() if k not in ("progress", "device", "crop")},
         "image_size": 32,
+        "crop": 28,
         "demos": "1",
     }
     given = {

@@ -154,6 +154,16 @@ def test_bad_settings_are_told_before_any_training(demos, tmp_path, settings, me
     assert not (tmp_path / "run" / "resume.pt").exists()
 
 
+def test_a_run_that_failed_before_any_training_does_not_block_its_folder(demos, tmp_path) -> None:
+    from xdfast.models import create_model, save_student
+
+    given = {**SMALL, "demos": demos, "out": str(tmp_path / "run")}
+    with pytest.raises(ValueError, match="unknown model"):
+        xdfast.finetune(str(tmp_path / "encoder"), **given)
+    save_student(create_model("test_resnet", num_classes=2, image_size=20), tmp_path / "encoder")
+    assert xdfast.finetune(str(tmp_path / "encoder"), **{**given, "steps": 8}).metrics["steps"] == 8
+
+
 def test_a_nan_that_gets_into_the_weights_stops_the_run(demos, tmp_path) -> None:
     settings = {**SMALL, "lr": 1e6, "clip_grad": None, "warmup_steps": 0, "schedule": "constant", "log_every": 1}
     with pytest.raises(RuntimeError, match="not finite"):

@@ -168,6 +168,7 @@ def _frames(config: DemoRobotConfig, out: Path) -> Path:
     """A folder of class folders: frames by task and third of the episode, and photographs."""
     from PIL import Image
 
+    from xdfast.pipeline.finetune_policy import expert_folder
     from xdfast.robot.demos.collect import collect
     from xdfast.robot.demos.open import open_demos
 
@@ -178,8 +179,7 @@ def _frames(config: DemoRobotConfig, out: Path) -> Path:
         return folder
     for name, count in [(mine, config.demos), *((other, config.other_episodes) for other in others)]:
         spec = task_spec(name)
-        # where the policies of stage 2 look for the demonstrations of their task
-        demos = out / "demos" / f"{spec.env}-{config.size}px-{spec.cameras[0]}-seed0"
+        demos = expert_folder(out / "any", spec.env, config.size, spec.cameras[:1], 0)  # where stage 2 looks for them
         collect(name, count, demos, image_size=config.size, workers=config.workers, progress=config.progress)  # type: ignore[arg-type]
         for number, episode in enumerate(open_demos(demos, limit=count)):
             pictures = episode.images[spec.cameras[0]]

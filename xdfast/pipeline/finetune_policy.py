@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,7 @@ def open_demonstrations(config: PolicyConfig, out: Path) -> Demonstrations:
     spec = task_spec(config.task)
     size = config.image_size or _DEFAULT_SIZE
     cameras = config.cameras or spec.cameras[:1]
-    # Named by everything that determines them: runs of other encoders and seeds find them there.
-    name = f"{spec.env}-{size}px-{'-'.join(cameras)}-seed{config.demo_seed}"
-    folder = out.parent / "demos" / name
+    folder = expert_folder(out, spec.env, size, cameras, config.demo_seed)
     if distributed.is_main() and _episodes_in(folder) < int(config.demos):
         collect(
             spec.name,
@@ -137,6 +136,12 @@ def open_demonstrations(config: PolicyConfig, out: Path) -> Demonstrations:
         )
     distributed.barrier()
     return open_demos(folder, limit=int(config.demos))
+
+
+def expert_folder(out: Path, env: str, size: int, cameras: Sequence[str], seed: int) -> Path:
+    """Where the expert's demonstrations for the run in ``out`` lie: named by everything that determines them, so that runs
+    of other encoders and seeds beside it find them, too."""
+    return out.parent / "demos" / f"{env}-{size}px-{'-'.join(cameras)}-seed{seed}"
 
 
 def build_policy(

@@ -121,6 +121,9 @@ def open_folder(config: RunConfig, kind: str) -> tuple[Path, RunResult | None]:
             saved = load_yaml(path)
             settings["weights"] = {**(saved.get("weights") or {}), **settings["weights"]}  # a source may be gone by now
             differing = [k for k in settings if k not in config.FREE and saved.get(k) != settings[k]]
+            if differing and not _holds_work(out):
+                log.info("%s was begun with other settings, but nothing was trained; taking it over", out)
+                differing = []
             if differing and not config.overwrite:
                 facts = "; ".join(f"{k}: {saved.get(k)!r} there, {settings[k]!r} asked for" for k in differing)
                 raise ValueError(
@@ -138,6 +141,11 @@ def open_folder(config: RunConfig, kind: str) -> tuple[Path, RunResult | None]:
         prepare()
     distributed.barrier()
     return out, load_run(out) if (out / "summary.json").is_file() else None
+
+
+def _holds_work(out: Path) -> bool:
+    """Whether anything would be lost: a run that failed before its first checkpoint holds no more than its settings."""
+    return any((out / name).exists() for name in _OURS if name not in ("config.yaml", "metrics.jsonl", "tensorboard"))
 
 
 def _weights_of(config: RunConfig) -> dict[str, str]:

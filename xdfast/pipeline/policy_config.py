@@ -150,6 +150,8 @@ class PolicyConfig(RunConfig):
         self._one_of("norm", ("auto", "frozen", "group", "batch"))
         if self.steps % self.epoch_steps:
             raise ValueError(f"evaluate_every ({self.evaluate_every}) must divide steps ({self.steps})")
+        if self.crop is not None and self.image_size is not None and self.crop > self.image_size:
+            raise ValueError(f"crop ({self.crop}) must not exceed image_size ({self.image_size})")
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below steps ({self.steps})")
         if self.encoder == "frozen" and self.encoder_lr is not None:

@@ -141,7 +141,8 @@ def _stages(run: RunResult, policy: DiffusionPolicy, remarks: list[str]) -> dict
 
 
 def _demonstrations(run: RunResult, policy: DiffusionPolicy) -> Demonstrations:
-    """Those the run learned from; nothing is collected. Those of an expert lie beside the run, where finetune put them."""
+    """Those the run learned from; nothing is collected."""
+    from xdfast.pipeline.finetune_policy import expert_folder
     from xdfast.robot.demos.open import open_demos
 
     config, spec = run.config, policy.spec
@@ -149,8 +150,8 @@ def _demonstrations(run: RunResult, policy: DiffusionPolicy) -> Demonstrations:
     if not given.isdigit():
         return open_demos(given, limit=config.get("demo_limit"), cameras=spec.cameras or None)
     env = spec.task.rpartition("/")[2]
-    name = f"{env}-{spec.image_size[0]}px-{'-'.join(spec.cameras)}-seed{config['demo_seed']}"
-    return open_demos(run.path.parent / "demos" / name, limit=int(given))
+    folder = expert_folder(run.path, env, spec.image_size[0], spec.cameras, config["demo_seed"])
+    return open_demos(folder, limit=int(given))
 
 
 def _stage_before(spec: str) -> RunResult | None:

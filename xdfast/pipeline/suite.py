@@ -44,13 +44,15 @@ class SuiteConfig(_Config):
     """Name and model of each, such as scratch resnet18 distilled runs/x; "frozen:" before a model leaves it untrained."""
     out: str
     """Output folder. Run the same command again to continue."""
-    recipe: str = "policy-metaworld"
+    policy: str = "policy-metaworld"
     """Settings of the policies: a recipe's name or a YAML file."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Settings that differ from the recipe, such as steps: 1000."""
+    """Settings that differ from it, such as steps: 1000 (in Python and in a YAML file of the suite)."""
+    encoder_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Encoder → settings that differ for it alone, such as encoder_lr (likewise)."""
     demos: str | None = None
-    """Folder with demonstrations, one sub-folder per task named like the task (drawer-open-v3); default: the recipe's
-    number from the scripted experts."""
+    """Folder with demonstrations, one sub-folder per task named like the task (drawer-open-v3); default: the
+    policy's number from the scripted experts."""
     seeds: int = 3
     episodes: int = 50
     """Closed-loop episodes of each policy."""
@@ -72,9 +74,12 @@ class SuiteConfig(_Config):
             if not name or any(c in name for c in "/\\ "):
                 raise ValueError(f"encoders: {name!r} becomes a folder's name; use letters, digits, - and _")
         known = {f.name for f in dataclasses.fields(PolicyConfig)}
-        for key in self.settings:
+        for key in [*self.settings, *(key for own in self.encoder_settings.values() for key in own)]:
             if key not in known:
                 raise ValueError(f"settings: a policy has no setting {key!r}.{nearest(key, known)}")
+        for name in self.encoder_settings:
+            if name not in self.encoders:
+                raise ValueError(f"encoder_settings: there is no encoder {name!r}.{nearest(name, self.encoders)}")
         for job in _jobs(self):
             job.config.validate()
             if self.demos is None and not task_spec(job.task).has_expert:
@@ -180,7 +185,7 @@ class _Job:
 
 def _jobs(config: SuiteConfig) -> Iterator[_Job]:
     """Seed by seed, so that all encoders and tasks have come as far whenever it is stopped."""
-    values = load_yaml(recipe_path(config.recipe))
+    values = load_yaml(recipe_path(config.policy))
     values = {k: v for k, v in values.items() if k not in ("verb", "about")}
     out = Path(config.out).expanduser()
     for seed in range(config.seeds):
@@ -192,8 +197,9 @@ def _jobs(config: SuiteConfig) -> Iterator[_Job]:
                     own["encoder"] = "frozen"
                 if config.demos is not None:
                     own["demos"] = str(Path(config.demos).expanduser() / task_spec(task).env)
-                merged = {**values, "episodes": 0, "device": config.device, **config.settings, **own}
-                yield _Job(task, name, seed, PolicyConfig.from_dict(merged, source=f"recipe {config.recipe}"))
+                merged = {**values, "episodes": 0, "device": config.device, **config.settings}
+                merged |= {**config.encoder_settings.get(name, {}), **own}
+                yield _Job(task, name, seed, PolicyConfig.from_dict(merged, source=config.policy))
 
 
 def _run_all(config: SuiteConfig, jobs: list[_Job]) -> dict[str, str]:

@@ -155,7 +155,9 @@ class DiffusionPolicy(nn.Module):
 
     def condition(self, features: Tensor | None, state: Tensor) -> Tensor:
         """``[B, K, T, D]`` (None without cameras) and the raw state ``[B, T, P]`` → ``[B, C]``."""
-        parts = [] if features is None else [head(x).flatten(1) for head, x in zip(self.heads, features.float().unbind(1))]
+        parts = (
+            [] if features is None else [head(x).flatten(1) for head, x in zip(self.heads, features.float().unbind(1))]
+        )
         return torch.cat([*parts, self.state_norm(state.float()).flatten(1)], dim=1)
 
     @torch.no_grad()
