@@ -21,13 +21,13 @@ def _plain(net: ConditionalUnet1d, actions, steps, condition):
     def block(module, x):
         nonlocal position
         outputs = module.first[0].out_channels
-        scale = film[:, position : position + outputs, None]
-        shift = film[:, position + outputs : position + 2 * outputs, None]
+        scale = film[:, position : position + outputs, None, None]
+        shift = film[:, position + outputs : position + 2 * outputs, None, None]
         position += 2 * outputs
         h = module.first(x)
         return module.second((1 + scale) * h + shift) + module.skip(x)
 
-    x = actions.transpose(1, 2)
+    x = actions.transpose(1, 2)[:, :, None]
     kept = []
     for level, pair in enumerate(net.down):
         x = block(pair[1], block(pair[0], x))
@@ -38,7 +38,7 @@ def _plain(net: ConditionalUnet1d, actions, steps, condition):
     for pair, grow in zip(net.up, net.grow):
         x = grow(block(pair[1], block(pair[0], torch.cat([x, kept.pop()], dim=1))))
     assert position == film.shape[1]
-    return net.last(x).transpose(1, 2)
+    return net.last(x)[:, :, 0].transpose(1, 2)
 
 
 @pytest.mark.parametrize(("widths", "horizon"), [((16,), 5), ((16, 32), 8), ((8, 16, 24), 16)])

