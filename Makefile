@@ -20,11 +20,12 @@ STAMP := $(VENV)/.xdfast-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml setup.py $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \))
 
-.PHONY: help install install-robot demo test test-slow test-gpu bench bench-data bench-cache bench-robot bench-gpu figures lint format build clean
+.PHONY: help install install-robot demo demo-robot test test-slow test-gpu bench bench-data bench-cache bench-robot bench-policy bench-gpu figures lint format build clean
 
 help:
 	@echo "make demo        train a small student from a teacher on real images, write a report (about 4 minutes on 2 cores)"
 	@echo "                 your own: make demo DATA=/path/to/imagefolder TEACHER=vit_small_patch14_dinov2 STUDENT=resnet18"
+	@echo "make demo-robot  distil an encoder, train diffusion policies from 10 demonstrations, evaluate them in simulation (about 11 minutes)"
 	@echo "make test        the tests (make test-slow, make test-gpu: the rest of them)"
 	@echo "make bench       benchmarks; writes bench/results/cpu (make bench-gpu: GPU tests and benchmarks)"
 	@echo "make bench-data  the image loader; writes bench/results/cpu/data.json (XDFAST_BENCH_IMAGES=folder: with your images)"
@@ -34,6 +35,7 @@ help:
 	@echo "make lint        ruff, import rules, types          make format   let ruff rewrite"
 	@echo "make build       wheel and source archive in dist/"
 	@echo "make install     only set up the environment: $(VENV)"
+	@echo "make bench-policy a decision of a diffusion policy against the usual loop; writes bench/results/cpu/policy.json"
 	@echo "make install-robot  what simulated robot tasks need: packages and OSMesa (part of make install where that can be done)"
 	@echo "make clean       remove what was built (the environment stays)"
 
@@ -70,6 +72,9 @@ install-robot: $(STAMP)
 demo: $(STAMP)
 	@"$(BIN)/xdfast" demo $(if $(DATA),--data "$(DATA)") $(if $(TEACHER),--teacher "$(TEACHER)") $(if $(STUDENT),--student "$(STUDENT)") $(ARGS)
 
+demo-robot: $(STAMP)
+	@"$(BIN)/xdfast" demo-robot $(if $(TEACHER),--teacher "$(TEACHER)") $(if $(TASK),--task "$(TASK)") $(ARGS)
+
 test: $(STAMP)
 	@"$(BIN)/pytest" $(ARGS)
 
@@ -100,6 +105,10 @@ bench-cache: $(STAMP)
 bench-robot: $(STAMP)
 	@mkdir -p bench/results/cpu
 	@"$(BIN)/pytest" bench/bench_robot_sim.py -m "not gpu" --benchmark-only --benchmark-json=bench/results/cpu/robot_sim.json $(ARGS)
+
+bench-policy: $(STAMP)
+	@mkdir -p bench/results/cpu
+	@"$(BIN)/pytest" bench/bench_policy.py -m "not gpu" --benchmark-only --benchmark-json=bench/results/cpu/policy.json $(ARGS)
 
 bench-gpu: $(STAMP)
 	@PYTHON="$(BIN)/python" bash bench/gpu.sh

@@ -31,5 +31,7 @@ pytest bench/bench_rsd.py -m gpu -k cuda --benchmark-only --benchmark-json="$res
 benchmarks="$?"
 pytest bench/bench_cache.py -m gpu -k cuda --benchmark-only --benchmark-json="$results/cache.json" -q
 benchmarks="$((benchmarks + $?))"
+pytest bench/bench_policy.py -m gpu -k cuda --benchmark-only --benchmark-json="$results/policy.json" -q
+benchmarks="$((benchmarks + $?))"
 echo "tests: $tests, benchmarks: $benchmarks; figures in $results"
 [[ "$tests" = 0 && "$benchmarks" = 0 ]]

@@ -49,3 +49,19 @@ def test_distillation_runs_on_two_processes_and_averages_the_projector(tmp_path)
     assert saved["identity"]["world_size"] == 2
     assert saved["state"]["epoch"] == 2
     assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_a_policy_trains_on_two_processes(tmp_path) -> None:
+    from policy_parts import write_demos
+
+    from xdfast.robot import load_policy
+
+    flags = [
+        "--task", "my-robot", "--demos", str(write_demos(tmp_path / "demos")), "--model", "test_resnet", "--crop", "20",
+        "--unet-widths", "16", "32", "--batch-size", "4", "--steps", "6", "--warmup-steps", "2", "--no-progress",
+        "--device", "cpu", "--log-every", "1", "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+    xdfast_cli(2, "finetune", *flags)
+    saved = torch.load(tmp_path / "run" / "resume.pt", weights_only=True)
+    assert saved["identity"]["world_size"] == 2 and saved["state"]["step"] == 6
+    assert load_policy(tmp_path / "run").spec.task == "my-robot"

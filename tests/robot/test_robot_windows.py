@@ -67,6 +67,18 @@ def test_features_take_the_place_of_pictures(demos) -> None:
     assert (draws[:, 0] == draws[:, 1]).all() and len(draws.unique()) > 1  # one crop for a sample
 
 
+def test_pictures_that_do_not_fit_go_to_a_file_or_are_refused(demos, tmp_path, monkeypatch) -> None:
+    import xdfast.robot.windows as module
+
+    inside = Windows(demos, ("dp3",), n_obs=1, horizon=8)
+    monkeypatch.setattr(module, "_free_memory", lambda: 1000)
+    outside = Windows(demos, ("dp3",), n_obs=1, horizon=8, scratch=tmp_path / "scratch")
+    assert torch.equal(inside.images, outside.images) and not list((tmp_path / "scratch").iterdir())
+    assert torch.equal(WindowLoader(inside, 8, 1).batch(0).images, WindowLoader(outside, 8, 1).batch(0).images)
+    with pytest.raises(ValueError, match="smaller image_size, fewer demonstrations"):
+        Windows(demos, ("dp3",), n_obs=1, horizon=8)
+
+
 def test_pictures_are_brought_to_size_and_strangers_refused(demos) -> None:
     small = Windows(demos, ("dp3",), n_obs=1, horizon=8, image_size=(12, 12))
     assert small.images.shape[2:4] == (12, 12)

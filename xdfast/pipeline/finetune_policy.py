@@ -47,6 +47,8 @@ def finetune_policy(config: PolicyConfig, model: Any = None) -> RunResult:
     if finished is not None:
         log.info("%s is finished; returning its result", out)
         return finished
+    if simulated and config.episodes:
+        _check_renderer()  # now, not after hours of training
     demos = open_demonstrations(config, out)
     cameras = config.cameras or (demos.cameras[:1] if config.demos.isdigit() else demos.cameras)
     windows = Windows(
@@ -55,6 +57,7 @@ def finetune_policy(config: PolicyConfig, model: Any = None) -> RunResult:
         n_obs=config.n_obs,
         horizon=config.horizon,
         image_size=None if config.image_size is None else (config.image_size, config.image_size),
+        scratch=out,
     )
     policy = build_policy(config, windows, cameras, demos, model)
     if simulated and config.episodes:
@@ -245,6 +248,15 @@ class _Best:
     def reached(self) -> dict[str, float]:
         """The best rate, where more than one evaluation was made."""
         return {"best_success": self.success} if self._config.evaluate_every and self.success >= 0 else {}
+
+
+def _check_renderer() -> None:
+    from xdfast.robot.sim.gl import NoRendererError, renderer
+
+    try:
+        renderer()
+    except NoRendererError as error:
+        raise NoRendererError(f"{error}; or train without evaluations in simulation: episodes=0") from error
 
 
 def _is_simulated(task: str) -> bool:

@@ -43,7 +43,7 @@ class PolicyRunner:
     ) -> None:
         self.device = torch.device(device)
         # channels last halves the time of a single picture and of a denoising step on a CPU
-        self.policy = policy.to(self.device, memory_format=torch.channels_last).eval()
+        self.policy = policy.to(self.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.batch = batch
         self._sample: Any = policy.diffusion.sample
         if compile:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,7 @@ log = logging.getLogger("xdfast")
 
 
 class Windows:
-    """All frames of some demonstrations in memory, and one sample per frame.
+    """All frames of some demonstrations, and one sample per frame.
 
     The sample of frame t of an episode sees observations t - T + 1 .. t and predicts actions t - T + 1 .. t - T + H (the
     alignment of Diffusion Policy). Before the start and past the end of the episode the first and last frame repeat.
@@ -29,6 +32,7 @@ class Windows:
         n_obs: T.
         horizon: H.
         image_size: (height, width) pictures are brought to (antialiased); default: their own.
+        scratch: folder for a file that holds the pictures where memory is too small for them.
 
     Attributes:
         images: uint8 ``[N, K, h, w, 3]``.
@@ -48,6 +52,7 @@ class Windows:
         n_obs: int,
         horizon: int,
         image_size: tuple[int, int] | None = None,
+        scratch: Path | None = None,
     ) -> None:
         unknown = [camera for camera in cameras if camera not in demos.cameras]
         if unknown:
@@ -60,7 +65,7 @@ class Windows:
         self.n_obs, self.horizon = n_obs, horizon
         self.image_size: tuple[int, int] = sizes.pop() if sizes else (0, 0)  # type: ignore[assignment]
         frames = sum(demos.lengths)
-        self.images = torch.empty((frames, len(cameras), *self.image_size, 3), dtype=torch.uint8)
+        self.images = _room((frames, len(cameras), *self.image_size, 3), scratch)
         self.state = torch.empty((frames, demos.state_dim))
         self.actions = torch.empty((frames, demos.action_dim))
         self.episodes = torch.repeat_interleave(torch.arange(len(demos)), torch.tensor(demos.lengths))
@@ -168,6 +173,37 @@ class WindowLoader:
         if self._pass is None or self._pass[0] != number:
             self._pass = number, np.random.default_rng((self._seed, 0, number)).permutation(len(self.windows))
         return int(self._pass[1][offset])
+
+
+def _room(shape: tuple[int, ...], scratch: Path | None) -> Tensor:
+    """Memory for the pictures; a file that is mapped into it where they would take more than half of what is free.
+
+    Raises:
+        ValueError: there is neither memory nor a folder.
+    """
+    needed, free = math.prod(shape), _free_memory()
+    if needed <= free // 2:
+        return torch.empty(shape, dtype=torch.uint8)
+    facts = f"the pictures take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free"
+    if scratch is None:
+        raise ValueError(f"{facts}; use a smaller image_size, fewer demonstrations (demo_limit), or another machine")
+    file = scratch / "pictures.u8"
+    log.info("%s: they go into %s", facts, file)
+    scratch.mkdir(parents=True, exist_ok=True)
+    images = np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+    file.unlink()  # the mapping keeps it; it is gone when the process is
+    return torch.from_numpy(images)
+
+
+def _free_memory() -> int:
+    """Bytes that can be had without swapping."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:  # not Linux
+        pass
+    return int(os.sysconf("SC_PHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE")) // 2
 
 
 def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
