@@ -133,7 +133,7 @@ def test_untrained_batch_norm_becomes_group_norm_and_trained_becomes_frozen(tmp_
 def test_the_rule_has_no_effect_without_batch_norm_and_refuses_nonsense(tmp_path) -> None:
     from xdfast.models import create_model, save_student
 
-    assert build_encoder("test_vit", image_size=32)[1].norm == "batch"
+    assert build_encoder("test_vit", image_size=32)[1].norm == "none"
     with pytest.raises(
         ValueError, match="norm must be one of auto, frozen, group, batch, got 'groups'. Did you mean 'group'"
     ):

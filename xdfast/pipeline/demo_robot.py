@@ -309,7 +309,7 @@ def _teacher_note(config: DemoRobotConfig, teacher: str) -> str:
         return f"Teacher: {teacher}."
     return (
         "Teacher: a ViT of 2.7 M parameters trained here in a minute to tell scenes and thirds of episodes apart. It is no "
-        "DINOv2: with `teacher=vit_small_patch14_dinov2.lvd142m` the published one is used."
+        "DINOv2: with TEACHER=vit_small_patch14_dinov2.lvd142m the published one is used."
     )
 
 

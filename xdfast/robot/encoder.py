@@ -32,7 +32,7 @@ class EncoderSpec:
         options: arguments of ``timm.create_model``.
         image_size: its input size in pixels.
         mean, std: normalisation of channels in [0, 1].
-        norm: ``"frozen"``, ``"group"`` or ``"batch"``: what became of BatchNorm.
+        norm: ``"frozen"``, ``"group"`` or ``"batch"``: what became of BatchNorm; ``"none"``: there is none.
         source: what the user asked for, for people to read.
     """
 
@@ -98,13 +98,15 @@ def build_encoder(
     batch_norms = _batch_norms(model.net)
     chosen = norm
     if norm == "auto":
-        chosen = ("frozen" if trained else "group") if batch_norms else "batch"
-    if chosen == "group" and trained and batch_norms:
+        chosen = "frozen" if trained else "group"
+    if not batch_norms:
+        chosen = "none"
+    if chosen == "group" and trained:
         raise ValueError(
             f"norm='group' would throw away what {name} learned with BatchNorm ({batch_norms[0]} and {len(batch_norms) - 1} "
             "more). Use norm='frozen', or distil a student with GroupNorm (recipe xdistill-imagenet-gn)"
         )
-    if chosen == "frozen" and not trained and batch_norms:
+    if chosen == "frozen" and not trained:
         raise ValueError(
             f"norm='frozen' needs statistics, and {name} is untrained; use norm='group', or pretrained weights"
         )
