@@ -73,8 +73,11 @@ def test_another_policy_or_limit_is_another_evaluation(run, tmp_path, caplog) ->
 
 
 @needs_renderer
-def test_more_episodes_than_environments_and_none_at_all(run) -> None:
+def test_more_episodes_than_environments_another_task_and_none_at_all(run, tmp_path, caplog) -> None:
     seen = []
+    with caplog.at_level("WARNING"):
+        xdfast.evaluate(run, task="door-open", episodes=1, videos=0, out=str(tmp_path / "door"), **SHORT)
+    assert "learned metaworld/drawer-open-v3, it is evaluated on metaworld/door-open-v3" in caplog.text
     results = rollout(run.policy, "drawer-open", [3, 1, 2], envs=2, max_steps=10, on_episode=seen.append)
     assert [r.seed for r in results] == [3, 1, 2] and sorted(r.seed for r in seen) == [1, 2, 3]
     assert all(r.steps == 10 and r.actions.shape == (10, 4) and not r.success for r in results)

@@ -145,6 +145,22 @@ def test_the_rule_has_no_effect_without_batch_norm_and_refuses_nonsense(tmp_path
         build_encoder(tmp_path, norm="group")
 
 
+def test_the_encoder_of_a_policy_can_be_taken_further(tmp_path) -> None:
+    policy = make_policy()
+    save_policy(policy, tmp_path / "policy")
+    encoder, spec = build_encoder(tmp_path)
+    assert spec.norm == "group" and spec.source == str(tmp_path)
+    images = torch.rand(2, 3, 20, 20)
+    assert torch.equal(encoder.eval()(images).features, policy.encoders[0](images).features)
+    with pytest.raises(ValueError, match="was trained with norm='group'"):
+        build_encoder(tmp_path, norm="frozen")
+    with pytest.raises(ValueError, match="pictures of 20 px in its encoder, got 28"):
+        build_encoder(tmp_path, image_size=28)
+    save_policy(make_policy(cameras=("a", "b"), share_encoder=False), tmp_path / "policy")
+    with pytest.raises(ValueError, match="an encoder for each of its cameras"):
+        build_encoder(tmp_path)
+
+
 # --- files
 
 

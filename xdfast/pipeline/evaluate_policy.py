@@ -99,6 +99,8 @@ def evaluate_policy(
         )
     task = task_spec(task).name
     check_task(policy, task)
+    if policy.spec.task and policy.spec.task != task:
+        log.warning("the policy learned %s, it is evaluated on %s", policy.spec.task, task)
     out = Path(config.out).expanduser() if config.out else run.path if run is not None else None
     name = run.path.name if run is not None else "policy"
     device = distributed.device_for_rank(config.device)

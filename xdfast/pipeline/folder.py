@@ -156,7 +156,11 @@ def _weights_of(config: RunConfig) -> dict[str, str]:
         if not isinstance(spec, str):
             continue
         folder = Path(str(model_source(spec)) if not spec.startswith("object:") else spec)
-        file = folder / "model.safetensors" if folder.is_dir() else Path(spec.partition("@")[2]).expanduser()
+        if (folder / "policy" / "policy.safetensors").is_file():  # a policy, for its encoder
+            folder, name = folder / "policy", "policy.safetensors"
+        else:
+            name = "model.safetensors"
+        file = folder / name if folder.is_dir() else Path(spec.partition("@")[2]).expanduser()
         if file.is_file():
             digest = hashlib.sha256()
             with open(file, "rb") as stream:

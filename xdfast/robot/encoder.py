@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def build_encoder(
     astray. So BatchNorm is replaced.
 
     Args:
-        source: folder of a run or a student, timm name, ``NAME@/path/weights``, or a module.
+        source: folder of a run (a policy's gives its encoder) or a student, timm name, ``NAME@/path/weights``, or a module.
         norm: ``"frozen"``: BatchNorm becomes a fixed affine map with the statistics it has, for weights that were trained;
             ``"group"``: GroupNorm with 16 channels a group, for weights that were not; ``"batch"``: left as it is;
             ``"auto"``: frozen or group, by whether there are trained weights. Nothing happens to a model without BatchNorm.
@@ -85,6 +85,8 @@ def build_encoder(
     """
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}.{nearest(norm, NORMS)}")
+    if isinstance(source, (str, Path)) and (Path(source) / "policy" / "policy.json").is_file():
+        return _of_policy(Path(source), norm, image_size)
     if isinstance(source, (str, Path)):
         inner = Path(source) / "student"
         name = str(inner) if (inner / "config.json").is_file() else str(source)
@@ -124,6 +126,22 @@ def build_encoder(
         source=name,
     )
     return model, spec
+
+
+def _of_policy(folder: Path, norm: str, image_size: int | None) -> tuple[FeatureModel, EncoderSpec]:
+    """The encoder of a trained policy, for another task or more demonstrations."""
+    from xdfast.robot.policy_files import load_policy
+
+    policy = load_policy(folder)
+    spec = policy.spec.encoder
+    if len(policy.encoders) != 1:
+        raise ValueError(f"{folder} has an encoder for each of its cameras; which one is meant cannot be told")
+    if norm not in ("auto", spec.norm):
+        raise ValueError(f"{folder} was trained with norm={spec.norm!r}; use that, or norm='auto', not {norm!r}")
+    if image_size not in (None, spec.image_size):
+        raise ValueError(f"{folder} was trained with pictures of {spec.image_size} px in its encoder, got {image_size}")
+    encoder: Any = policy.encoders[0]
+    return encoder.train(), replace(spec, source=str(folder))
 
 
 def rebuild_encoder(spec: EncoderSpec) -> FeatureModel:
