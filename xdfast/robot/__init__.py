@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _NAMES = {
+    "Controller": "xdfast.robot.controller",
     "DiffusionPolicy": "xdfast.robot.policy",
     "PolicySpec": "xdfast.robot.policy",
     "DiffusionSettings": "xdfast.robot.diffusion",
@@ -20,6 +21,7 @@ _NAMES = {
 }
 
 __all__ = [
+    "Controller",
     "DiffusionPolicy",
     "DiffusionSettings",
     "EncoderSpec",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from xdfast.robot.controller import Controller
     from xdfast.robot.diffusion import DiffusionSettings
     from xdfast.robot.encoder import EncoderSpec, build_encoder
     from xdfast.robot.policy import DiffusionPolicy, PolicySpec
