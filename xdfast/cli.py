@@ -21,7 +21,7 @@ _VERBS = {
     "report": "one HTML page and a JSON from finished runs",
     "cache": "teacher caches: info, verify, build, remove",
     "data": "check: look at every image, name those that cannot be read",
-    "demos": "robot demonstrations: info, check, convert, show, collect",
+    "demos": "robot demonstrations: tasks, info, check, convert, show, collect",
     "demo": "scratch, KD and RSD side by side on real images, with a report",
     "demo-robot": "distilled and from-scratch encoders in a diffusion policy, in closed loop, with a report",
     "bench": "time the losses against their rivals on this machine",

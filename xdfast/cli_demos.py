@@ -1,4 +1,4 @@
-"""``xdfast demos info|check|convert|show|collect``: demonstrations on the command line."""
+"""``xdfast demos tasks|info|check|convert|show|collect``: demonstrations on the command line."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ __all__ = ["main"]
 _SHOWN = 20
 _USAGE = """usage: xdfast demos COMMAND [options]
 
+  tasks [SUITE]                          simulated tasks: actions, proprioception, cameras, expert, instruction
   info PATH                              what is in demonstrations, of whatever format
   check PATH                             read every episode: missing frames, NaN, black images, duplicates; exit 1 if there are any
   convert SRC DST [--image-size 96]      write them in xdfast's own format; the same command continues
@@ -154,6 +155,25 @@ def _open(options: _Source) -> Demonstrations:
         action_key=options.action_key,
         mask=options.mask,
     )
+
+
+def _tasks(args: list[str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from xdfast.robot.sim.names import SUITES, suite, task_names, task_spec
+
+    names = suite(args[0]) if args else task_names()
+    table = Table("task", "action", "state", "steps", "expert", "what to do", title=args[0] if args else None)
+    for spec in map(task_spec, names):
+        expert = "yes" if spec.has_expert else "no"
+        table.add_row(
+            spec.name, str(spec.action_dim), str(spec.state_dim), str(spec.max_steps), expert, spec.instruction
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"suites: {', '.join(SUITES)}", highlight=False, soft_wrap=True)
+    return 0
 
 
 def _info(args: list[str]) -> int:
@@ -323,6 +343,7 @@ def _progress(title: str, enabled: bool, steps: int) -> Iterator[Callable[[int, 
 
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "tasks": _tasks,
     "info": _info,
     "check": _check,
     "convert": _convert,

@@ -224,6 +224,15 @@ def test_cli_reads_a_foreign_format(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert open_demos(tmp_path / "b").state_dim == 2
 
 
+def test_cli_lists_tasks_of_a_suite(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert cli.main(["demos", "tasks", "adroit"]) == 0
+    told = capsys.readouterr().out
+    assert "adroit/pen" in told and "metaworld/" not in told and "metaworld-easy" in told
+    assert cli.main(["demos", "tasks"]) == 0 and "metaworld/stick-pull-v3" in capsys.readouterr().out
+    assert cli.main(["demos", "tasks", "adroid"]) == 1 and "Did you mean 'adroit'" in capsys.readouterr().err
+
+
 def test_cli_collect_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     collect = pytest.importorskip("xdfast.robot.demos.collect")
     calls, signature = [], inspect.signature(collect.collect)
