@@ -190,4 +190,4 @@ def _vector(policy: DiffusionPolicy, task: str, count: int, max_steps: int | Non
 
 def _noise(policy: DiffusionPolicy, seed: int, decision: int) -> torch.Tensor:
     mixed = np.random.SeedSequence((seed, decision)).generate_state(1, np.uint64)[0]
-    return policy.noise(1, torch.Generator().manual_seed(int(mixed >> 1)))
+    return policy.noise(1, torch.Generator().manual_seed(int(mixed) >> 1))
