@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from policy_parts import write_demos
 from sim_process import needs_renderer
@@ -172,6 +177,37 @@ def test_a_suite_goes_on_after_a_failure_and_does_not_repeat_what_is_finished(tm
         "success_scratch",
         "success_frozen",
     }
+
+
+@needs_renderer
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill-9", "sigterm"])
+def test_the_runs_of_a_suite_end_with_it_and_go_on(tmp_path, number) -> None:
+    demos = write_demos(tmp_path / "demos" / "drawer-open-v3").parent
+    kept = ("progress", "device")
+    settings = {
+        **{k: v for k, v in SMALL.items() if k not in kept},
+        "image_size": 24,
+        "steps": 120,
+        "checkpoint_seconds": 0.0,
+    }
+    given = {
+        "tasks": "drawer-open", "encoders": {"scratch": "test_resnet"}, "out": str(tmp_path / "suite"), "seeds": 1,
+        "episodes": 1, "settings": settings, "demos": str(demos), "progress": False, "device": "cpu", "videos": 0,
+    }  # fmt: skip
+    code = "import json, sys; from xdfast.pipeline.suite import run_suite; run_suite(**json.loads(sys.argv[1]))"
+    process = subprocess.Popen([sys.executable, "-c", code, json.dumps(given)])
+    resume = tmp_path / "suite" / "drawer-open-v3" / "scratch-seed0" / "resume.pt"
+    while not resume.is_file() and process.poll() is None:
+        time.sleep(0.05)
+    runs = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    process.wait(90)
+    assert runs and not psutil.wait_procs(runs, timeout=60)[1]
+    log = (resume.parent / "log.txt").read_text()
+    assert "the same command continues" in log
+    result = run_suite(**given)
+    assert not result.failed and "continuing" in (resume.parent / "log.txt").read_text()
 
 
 # --- intervals

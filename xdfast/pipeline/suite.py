@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -212,6 +213,7 @@ def _run_all(config: SuiteConfig, jobs: list[_Job]) -> dict[str, str]:
     running: dict[_Process, _Job] = {}
     failed: dict[str, str] = {}
     try:
+        _end_in_order()
         while waiting or running:
             while waiting and len(running) < side_by_side:
                 job = waiting.pop(0)
@@ -233,6 +235,27 @@ def _run_all(config: SuiteConfig, jobs: list[_Job]) -> dict[str, str]:
     return failed
 
 
+def _end_in_order() -> None:
+    """SIGTERM becomes an exception, so that the runs are told to save themselves."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)
+
+
+def _end_with_parent(parent: int) -> None:
+    """A suite that is killed outright cannot stop its runs: they look whether it is still there, and save themselves."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class _Process:
     """One run: training, then evaluation, its output in the run's log.txt."""
 
@@ -245,6 +268,7 @@ class _Process:
             "eval_seed": config.eval_seed,
             "videos": config.videos,
             "device": config.device,
+            "parent": os.getpid(),
         }
         threads = max(1, (os.cpu_count() or 1) // side_by_side)
         # a run beside others must not take all cores, neither for its arithmetic nor for its simulators
@@ -287,6 +311,7 @@ def _run_job() -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     plan = json.loads(os.environ.pop("XDFAST_SUITE_JOB"))
+    _end_with_parent(plan.pop("parent"))
     run = finetune(PolicyConfig.from_dict({**plan.pop("policy"), "progress": True}))
     evaluate(run, **plan, progress=True)
 
