@@ -257,9 +257,7 @@ def _conclude(config: DemoConfig, plan: _Plan, out: Path, teacher: str, runs: di
         for line in [*notes, *verdict]:
             console.print(line, highlight=False)
         console.print(f"report: {page.path}")
-        console.print(
-            "`make demo-robot` takes a distilled encoder into a robot's policy and closes the loop (about 11 minutes)"
-        )
+        console.print("`make demo-robot` takes a distilled encoder into a robot's policy and closes the loop")
     return DemoResult(teacher, runs, page, verdict)
 
 
