@@ -63,7 +63,8 @@ def test_what_is_collected(straight: Path):
 
 
 _FOREVER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
 from xdfast.robot.demos.collect import collect
 collect("coffee-button", 12, sys.argv[1], workers=2, image_size=24, tail=2)
 """

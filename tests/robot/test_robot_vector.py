@@ -146,7 +146,11 @@ def test_an_unguarded_script_that_imports_torch_and_diffusers(script: Path):
 @needs_renderer
 @pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_workers_end_with_the_script(script: Path, how: signal.Signals):
-    script.write_text(_UNGUARDED.replace("import torch\nimport diffusers\n", "", 1))  # they take seconds to import
+    # Where the tests run in the background of a shell, Ctrl-C is ignored, and that is inherited.
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script.write_text(
+        heard + _UNGUARDED.replace("import torch\nimport diffusers\n", "", 1)
+    )  # they take seconds to import
     command = [sys.executable, str(script), "forever"]
     # A session of its own: Ctrl-C goes to the script and its workers, not to the tests.
     with subprocess.Popen(
