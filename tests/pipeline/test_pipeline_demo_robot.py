@@ -68,4 +68,5 @@ def test_the_whole_demo(tmp_path) -> None:
     figures = json.loads(result.report.json_path.read_text(encoding="utf-8"))
     assert len(figures["runs"]) == 2
     again = demo_robot(**settings)  # finished: nothing is trained again
-    assert again.verdict == result.verdict or again.verdict[0].split(";")[0] == result.verdict[0].split(";")[0]
+    told = [[line.split(";")[0] for line in found.verdict] for found in (result, again)]  # without the latency
+    assert told[0] == told[1]

@@ -104,6 +104,12 @@ def test_a_policy_of_another_task_is_refused_with_the_differences(run) -> None:
         xdfast.evaluate(run, episodes=0)
 
 
+def test_an_evaluation_under_torchrun_is_refused(run, monkeypatch) -> None:
+    monkeypatch.setattr("xdfast.distributed.world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="a policy is evaluated in one process"):
+        xdfast.evaluate(run, episodes=1)
+
+
 @needs_renderer
 def test_evaluations_while_training_keep_the_best(tmp_path) -> None:
     demos = write_demos(tmp_path / "demos")
@@ -177,6 +183,8 @@ def test_a_suite_goes_on_after_a_failure_and_does_not_repeat_what_is_finished(tm
         "success_scratch",
         "success_frozen",
     }
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(steps: "):
+        run_suite(**{**given, "settings": {**settings, "steps": settings["steps"] + 1}})
 
 
 @needs_renderer

@@ -116,7 +116,7 @@ def test_the_encoder_has_its_own_rate(demos, tmp_path) -> None:
     assert not frozen.train().student.encoders.training and frozen.student.diffusion.training
 
 
-def test_ranks_split_the_batch_and_every_rank_starts_equal(demos, tmp_path) -> None:
+def test_every_rank_starts_with_the_same_policy(demos, tmp_path) -> None:
     config = xdfast.PolicyConfig(**{**SMALL, "model": "test_resnet", "demos": str(demos), "out": str(tmp_path)})
     opened = open_demos(demos)
     windows = Windows(opened, ("dp3",), n_obs=1, horizon=16)

@@ -84,9 +84,14 @@ def evaluate_policy(
         ValueError: bad settings, or a policy that does not fit the task.
         FileNotFoundError: no policy.
         NoRendererError, WorkerError: of the simulator; finished episodes are kept.
+        RuntimeError: under torchrun with several processes.
     """
     config.validate()
     distributed.init()
+    if distributed.world_size() > 1:
+        raise RuntimeError(
+            "a policy is evaluated in one process: leave out torchrun, or let `xdfast suite` run many side by side"
+        )
     if run is None and policy is None:
         run = load_run(config.model)
     if policy is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from xdfast import distributed
+from xdfast.pipeline.alone import alone_in
 from xdfast.pipeline.folder import RunResult, finish, model_source, open_folder
 from xdfast.pipeline.loop import autocast, train
 from xdfast.pipeline.policy_config import PolicyConfig
@@ -89,7 +90,8 @@ def finetune_policy(config: PolicyConfig, model: Any = None) -> RunResult:
 
     identity = {"demos": demos.fingerprint(), "cameras": list(cameras), "samples": len(windows)}
     distributed.all_equal(identity, "the run's demonstrations")
-    result = train(task, loader, config, out, device=device, validate=validate, identity=identity, title=out.name)
+    with alone_in(out):
+        result = train(task, loader, config, out, device=device, validate=validate, identity=identity, title=out.name)
     facts = {"kind": "policy", "config": config.to_dict(), "metrics": result.metrics}
     if distributed.is_main():
         save_policy(result.module, out / "policy", extra=facts)

@@ -83,7 +83,7 @@ def _record(run: RunResult, name: str, *, with_stages: bool) -> PolicyRecord:
         first = (str(error) or type(error).__name__).splitlines()[0]
         remarks.append(f"the cost of a decision could not be counted: {first}")
     videos = {} if evaluation is None else {key: run.path / file for key, file in evaluation.videos.items()}
-    saliency = getattr(evaluation, "saliency", "")
+    saliency = "" if evaluation is None else evaluation.saliency
     return PolicyRecord(
         name=run.path.name,
         method=name,

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from xdfast.errors import nearest
 from xdfast.pipeline.config import _Config, load_yaml
 from xdfast.pipeline.evaluate_policy import PolicyEvaluation, load_policy_evaluation
 from xdfast.pipeline.finetune_policy import open_demonstrations
-from xdfast.pipeline.folder import load_run
+from xdfast.pipeline.folder import load_run, open_folder
 from xdfast.pipeline.policy_config import EVAL_SEED, PolicyConfig
 from xdfast.progress import ProgressLine
 from xdfast.recipes import recipe_path
@@ -133,7 +134,8 @@ def run_suite(config: SuiteConfig | None = None, **settings: Any) -> SuiteResult
         config: all settings; or give them as keyword arguments, see :class:`SuiteConfig`.
 
     Raises:
-        ValueError: a bad setting of the suite or of any run, told before the first one starts.
+        ValueError: a bad setting of the suite or of any run, or a folder that holds a run with other settings; told
+            before the first one starts.
         NoRendererError: nothing can render.
     """
     from xdfast.robot.sim.gl import renderer
@@ -143,7 +145,7 @@ def run_suite(config: SuiteConfig | None = None, **settings: Any) -> SuiteResult
     log.info("rendering with %s (%s)", *renderer())
     out = Path(config.out).expanduser()
     jobs = list(_jobs(config))
-    for job in {job.task: job for job in jobs if not job.finished(config.episodes)}.values():
+    for job in {job.task: job for job in jobs if not job.finished(config)}.values():
         open_demonstrations(job.config, job.folder)  # once, with all cores, before several runs want them
     failed = _run_all(config, jobs)
     results: dict[tuple[str, str], list[PolicyEvaluation]] = {}
@@ -179,9 +181,18 @@ class _Job:
     def name(self) -> str:
         return f"{task_spec(self.task).env}/{self.folder.name}"
 
-    def finished(self, episodes: int) -> bool:
-        found = load_policy_evaluation(self.folder) if (self.folder / "summary.json").is_file() else None
-        return found is not None and found.metrics["episodes"] >= episodes
+    def finished(self, suite: SuiteConfig) -> bool:
+        """Whether exactly this run is there, trained and evaluated as the suite asks.
+
+        Raises:
+            ValueError: the folder holds a run with other settings or starting weights; both values are named.
+        """
+        if not (self.folder / "summary.json").is_file():
+            return False
+        open_folder(self.config, "policy")
+        found = load_policy_evaluation(self.folder)
+        wanted = set(range(suite.eval_seed, suite.eval_seed + suite.episodes))
+        return found is not None and wanted <= {episode["seed"] for episode in found.episodes}
 
 
 def _jobs(config: SuiteConfig) -> Iterator[_Job]:
@@ -205,44 +216,51 @@ def _jobs(config: SuiteConfig) -> Iterator[_Job]:
 
 def _run_all(config: SuiteConfig, jobs: list[_Job]) -> dict[str, str]:
     """Runs what is not finished; returns run → why it failed."""
-    waiting = [job for job in jobs if not job.finished(config.episodes)]
+    waiting = [job for job in jobs if not job.finished(config)]
     done = len(jobs) - len(waiting)
     side_by_side = config.jobs or _default_jobs(config.device)
     line = ProgressLine(f"suite {config.tasks}", len(jobs), done, enabled=config.progress)
     line.update(done, f"{done} finished before")
     running: dict[_Process, _Job] = {}
     failed: dict[str, str] = {}
-    try:
-        _end_in_order()
-        while waiting or running:
-            while waiting and len(running) < side_by_side:
-                job = waiting.pop(0)
-                running[_Process(config, job, side_by_side)] = job
-            time.sleep(0.2)
-            for process, job in list(running.items()):
-                if process.alive():
-                    continue
-                del running[process]
-                done += 1
-                if process.failed() or not job.finished(config.episodes):
-                    failed[job.name] = process.reason()
-                    log.warning("%s failed: %s", job.name, failed[job.name])
-                line.update(done, f"{job.name} {_told(job)}")
-    finally:
-        for process in running:
-            process.stop()
-        line.close(f"{done} of {len(jobs)} runs, {len(failed)} failed")
+    with _ending_in_order():
+        try:
+            while waiting or running:
+                while waiting and len(running) < side_by_side:
+                    job = waiting.pop(0)
+                    running[_Process(config, job, side_by_side)] = job
+                time.sleep(0.2)
+                for process, job in list(running.items()):
+                    if process.alive():
+                        continue
+                    del running[process]
+                    done += 1
+                    if process.failed() or not job.finished(config):
+                        failed[job.name] = process.reason()
+                        log.warning("%s failed: %s", job.name, failed[job.name])
+                    line.update(done, f"{job.name} {_told(job)}")
+        finally:
+            for process in running:
+                process.stop()
+            line.close(f"{done} of {len(jobs)} runs, {len(failed)} failed")
     return failed
 
 
-def _end_in_order() -> None:
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
     """SIGTERM becomes an exception, so that the runs are told to save themselves."""
 
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, end)
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are for the main thread alone
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end_with_parent(parent: int) -> None:

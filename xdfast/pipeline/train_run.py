@@ -14,6 +14,7 @@ from xdfast import distributed
 from xdfast.data import ImageLoader
 from xdfast.models import FeatureModel, create_model, save_student
 from xdfast.models.checkpoint import atomic_write
+from xdfast.pipeline.alone import alone_in
 from xdfast.pipeline.config import TrainConfig
 from xdfast.pipeline.data import Images, eval_loader
 from xdfast.pipeline.evaluate import accuracy
@@ -93,18 +94,19 @@ def run_training(
     check_layout(config, device, loader.rows(loader.batches_per_epoch - 1))
     identity = {"images": images.fingerprint(), "view": size, "pixels": pixels, **identity}
     distributed.all_equal(identity, "the run's data and models")
-    result = train(
-        task,
-        loader,
-        config,
-        out,
-        device=device,
-        validate=validate,
-        validate_first=monitor is not None,
-        batch_augment=batch_augment,
-        identity=identity,
-        title=out.name,
-    )
+    with alone_in(out):
+        result = train(
+            task,
+            loader,
+            config,
+            out,
+            device=device,
+            validate=validate,
+            validate_first=monitor is not None,
+            batch_augment=batch_augment,
+            identity=identity,
+            title=out.name,
+        )
     log.debug("%s took %.1f s in this session", out, time.monotonic() - began)
     if distributed.is_main():
         save_student(

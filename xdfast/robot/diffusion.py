@@ -80,9 +80,9 @@ class Diffusion(nn.Module):
         super().__init__()
         settings.validate()
         self.unet, self.settings = unet, settings
-        self.scheduler = make_scheduler(settings)
-        self.register_buffer("alphas_cumprod", self.scheduler.alphas_cumprod.float(), persistent=False)
-        steps, table = _table(self.scheduler, settings)
+        scheduler = make_scheduler(settings)
+        self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod.float(), persistent=False)
+        steps, table = _table(scheduler, settings)
         self.register_buffer("steps", steps, persistent=False)
         self.register_buffer("table", table, persistent=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -120,7 +121,7 @@ class DiffusionPolicy(nn.Module):
         spec.validate()
         self.spec = spec
         count = 1 if spec.share_encoder else len(spec.cameras)
-        self.encoders = nn.ModuleList([encoder, *(_fresh_copy(encoder) for _ in range(count - 1))] if count else [])
+        self.encoders = nn.ModuleList([encoder, *(copy.deepcopy(encoder) for _ in range(count - 1))] if count else [])
         self.heads = nn.ModuleList(nn.Linear(encoder.num_features, spec.feature_dim) for _ in spec.cameras)
         self.state_norm, self.action_norm = MinMax(spec.state_dim), MinMax(spec.action_dim)
         width = spec.n_obs * (len(spec.cameras) * spec.feature_dim + spec.state_dim)
@@ -129,7 +130,11 @@ class DiffusionPolicy(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """uint8 ``[B, K, T, H, W, 3]`` of K cameras → float ``[B, K, T, D]``. In training mode crops fall at random (the same
-        for the T pictures of a camera, drawn from torch's global generator), else in the middle."""
+        for the T pictures of a camera, drawn from torch's global generator), else in the middle.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
         spec = self.spec
         size = (*spec.image_size, 3)
         if images.ndim != 6 or images.shape[1:3] != (len(spec.cameras), spec.n_obs) or images.shape[3:] != size:
@@ -185,13 +190,21 @@ class DiffusionPolicy(nn.Module):
             raise ValueError(f"expected state [B, {spec.n_obs}, {spec.state_dim}], got {list(state.shape)}")
         if not state.isfinite().all():
             raise ValueError("the state is not finite (NaN or infinity)")
-        features = self.features(images) if images is not None else None
-        condition = self.condition(features, state)
         if noise is None:
-            noise = self.noise(len(state), generator, condition.device)
-        chunk = self.diffusion.sample(condition, noise)
-        first = spec.n_obs - 1
-        return self.action_norm.inverse(chunk[:, first : first + spec.n_action])
+            noise = self.noise(len(state), generator, state.device)
+        return self.decide(images, state, noise)
+
+    def decide(self, images: Tensor | None, state: Tensor, noise: Tensor, sample: Any = None) -> Tensor:
+        """:meth:`act` without checks that wait for the device, so that it can be captured in a CUDA graph.
+
+        Args:
+            images, state, noise: as there, all on the policy's device.
+            sample: takes the place of ``self.diffusion.sample``, such as a compiled one.
+        """
+        features = self.features(images) if images is not None else None
+        chunk = (sample or self.diffusion.sample)(self.condition(features, state), noise)
+        first = self.spec.n_obs - 1
+        return self.action_norm.inverse(chunk[:, first : first + self.spec.n_action])
 
     def noise(self, batch: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
         """What :meth:`act` starts from, ``[S, B, H, A]``; drawn on the CPU, so that a seed means the same on every device."""
@@ -214,9 +227,3 @@ def crop(images: Tensor, size: int, *, at_random: bool) -> Tensor:
 def _batch_of(pixels: Tensor) -> Tensor:
     """``[..., 3, S, S]`` → ``[N, 3, S, S]``, channels last in memory as they were."""
     return pixels.flatten(0, -4).contiguous(memory_format=torch.channels_last)
-
-
-def _fresh_copy(encoder: FeatureModel) -> FeatureModel:
-    import copy
-
-    return copy.deepcopy(encoder)

@@ -22,7 +22,7 @@ class PolicyRunner:
     """Decides for a fixed number of robots at once; smaller batches are filled up, so that shapes never change.
 
     On a GPU the whole decision (encoding, all denoising steps) is captured in one CUDA graph and replayed: one launch
-    instead of hundreds. Why not, if not, stands in :attr:`reason` and in the log.
+    instead of hundreds (written for it, not yet run on a device). :attr:`reason` says what is used.
 
     Args:
         policy: moved to ``device``, in eval mode.
@@ -42,7 +42,7 @@ class PolicyRunner:
         compile: bool = False,
     ) -> None:
         self.device = torch.device(device)
-        # channels last halves the time of a single picture and of a denoising step on a CPU
+        # on a CPU convolutions of a single picture, and of one robot's actions, are fastest channels last
         self.policy = policy.to(self.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.batch = batch
         self._sample: Any = policy.diffusion.sample
@@ -84,14 +84,8 @@ class PolicyRunner:
         if self._graph is not None:
             return self._replay(images, state, noise)[:rows].cpu().numpy()
         images = None if images is None else images.to(self.device)
-        return self._decide(images, state.to(self.device), noise.to(self.device))[:rows].cpu().numpy()
-
-    def _decide(self, images: Tensor | None, state: Tensor, noise: Tensor) -> Tensor:
-        policy, spec = self.policy, self.policy.spec
-        features = None if images is None else policy.features(images)
-        chunk = self._sample(policy.condition(features, state), noise)
-        first = spec.n_obs - 1
-        return policy.action_norm.inverse(chunk[:, first : first + spec.n_action])
+        actions = self.policy.decide(images, state.to(self.device), noise.to(self.device), self._sample)
+        return actions[:rows].cpu().numpy()
 
     def _capture(self) -> None:
         images, state, noise = (None if x is None else x.to(self.device) for x in example(self.policy, self.batch))
@@ -101,11 +95,11 @@ class PolicyRunner:
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.no_grad(), torch.cuda.stream(stream):
             for _ in range(3):  # lazily made workspaces must exist before the capture
-                self._decide(images, state, noise)
+                self.policy.decide(images, state, noise, self._sample)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.no_grad(), torch.cuda.graph(self._graph):
-            self._output = self._decide(images, state, noise)
+            self._output = self.policy.decide(images, state, noise, self._sample)
 
     def _replay(self, images: Tensor | None, state: Tensor, noise: Tensor) -> Tensor:
         for static, given in zip(self._inputs, (images, state, noise)):
