@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from xdfast.losses.barlow_twins import BarlowTwinsLoss
 from xdfast.losses.base import DistillLoss, create_loss, list_losses, parse_losses, register_loss
+from xdfast.losses.budget import BudgetLoss
 from xdfast.losses.feature import FeatureMSELoss
 from xdfast.losses.kd import KDLoss
 from xdfast.losses.rsd import RSDLoss
@@ -11,6 +12,7 @@ from xdfast.losses.vicreg import VICRegLoss
 
 __all__ = [
     "BarlowTwinsLoss",
+    "BudgetLoss",
     "DistillLoss",
     "FeatureMSELoss",
     "KDLoss",
