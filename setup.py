@@ -26,11 +26,20 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ["csrc/ops.cpp", "csrc/cpu/gemm.cpp", "csrc/cpu/passes.cpp", "csrc/cpu/rsd.cpp"]
+SOURCES = [
+    "csrc/ops.cpp",
+    "csrc/cpu/attention.cpp",
+    "csrc/cpu/gemm.cpp",
+    "csrc/cpu/passes.cpp",
+    "csrc/cpu/routed.cpp",
+    "csrc/cpu/rows.cpp",
+    "csrc/cpu/rsd.cpp",
+]
 HEADERS = [
     "csrc/checks.h",
     "csrc/cpu/gemm.h",
     "csrc/cpu/passes.h",
+    "csrc/cpu/rows.h",
     "csrc/cpu/standardize.h",
     "csrc/cpu/vector.h",
 ]

@@ -20,6 +20,28 @@ TORCH_LIBRARY(xdfast_c, m) {
       "grad_teacher)");
   // statistics [4, D] float32: mean = hi + lo, 1 / std, ratio; gram = Z Z^T / D [N, N] if N < D, else [0, 0].
   m.def("rsd_prepare(Tensor teacher, float eps, bool eps_on_variance, bool bf16) -> (Tensor statistics, Tensor gram)");
+  // Routed layers (cpu/routed.cpp, cuda/route_plan.cu). gates [units, layers, branches]; see xdfast/ops/route.
+  m.def(
+      "route_plan_(Tensor gates, Tensor? force, float threshold, bool hard, int rows_per_unit, int samples, "
+      "Tensor(a!) gate, Tensor(b!) index, Tensor(c!) count, Tensor(d!) offsets, Tensor(e!) invalid) -> ()");
+  // Compact rows of the first `units` entries of index; norm: 0 LayerNorm, 1 RMSNorm, 2 none. statistics [rows, 2] =
+  // (mean, 1 / std) if save, else [0, 2]. Vectors are float32.
+  m.def(
+      "gather_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor index, int units, int rows_per_unit, int norm, "
+      "float eps, bool save) -> (Tensor y, Tensor statistics)");
+  m.def("scatter_add_(Tensor(a!) x, Tensor y, Tensor? gate, Tensor index, int units, int rows_per_unit) -> ()");
+  m.def(
+      "norm_backward_(Tensor dy, Tensor x, Tensor? weight, Tensor statistics, Tensor index, int units, "
+      "int rows_per_unit, int norm, bool weight_wanted, bool bias_wanted, Tensor(a!) dx) -> "
+      "(Tensor weight_sum, Tensor bias_sum)");
+  m.def("gather(Tensor x, Tensor? gate, Tensor index, int units, int rows_per_unit) -> Tensor");
+  m.def("row_dots(Tensor a, Tensor b) -> Tensor");
+  m.def("swiglu(Tensor a) -> Tensor");
+  // Softmax attention inside each sample's rows: q [M, H, d], k, v [M', H', d] with H' dividing H, rows in any distance;
+  // offsets [B + 1] int32, cumulative. Causal needs as many queries as keys. lse [M, H] float32, natural logarithm.
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor offsets_q, Tensor offsets_k, float scale, bool causal) -> "
+      "(Tensor out, Tensor lse)");
   // The instruction set the kernels run with, as ATen detects it ("AVX512", "AVX2", "DEFAULT", ...).
   m.def("cpu_capability() -> str", []() { return std::string(at::get_cpu_capability()); });
   // Where the matrix products on the CPU come from, and whether bfloat16 products are faster than float32 here.

@@ -60,4 +60,49 @@ XD_INLINE void load(const at::Half* p, typename Vector<W>::F& out) {
   out = (F)bits;
 }
 
+// Round to nearest even, in integers, so that it vectorises on every target; a NaN keeps its quiet bit (rounding could
+// carry it into infinity).
+template <int W>
+XD_INLINE void store(at::BFloat16* p, const typename Vector<W>::F& value) {
+  using U = typename Vector<W>::U;
+  typedef uint16_t H __attribute__((vector_size(W * 2)));
+  const U bits = (U)value;
+  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const U nan = (U)((bits & 0x7fffffffu) > 0x7f800000u);  // all ones where true
+  *reinterpret_cast<typename Vector<W>::HAny*>(p) =
+      __builtin_convertvector((((bits >> 16) | 0x40u) & nan) | (rounded & ~nan), H);
+}
+
+template <int W>
+XD_INLINE void store(at::Half* p, const typename Vector<W>::F& value) {
+  for (int l = 0; l < W; ++l) p[l] = at::Half(value[l]);
+}
+
+template <int W>
+XD_INLINE float sum_of(const typename Vector<W>::F& v) {
+  float total = 0.0f;
+  for (int l = 0; l < W; ++l) total += v[l];
+  return total;
+}
+
+// e^x for |x| <= 88 by 2^k times a polynomial on [-ln 2 / 2, ln 2 / 2]; relative error 2e-7.
+template <int W>
+XD_INLINE void exponential(const typename Vector<W>::F& x, typename Vector<W>::F& out) {
+  using F = typename Vector<W>::F;
+  typedef int32_t I __attribute__((vector_size(W * 4)));
+  F k = x * 1.44269504f;
+  const F magic = k * 0.0f + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const F rounded = (k + magic) - magic;
+  F r = x - rounded * 0.693359375f;
+  r -= rounded * -2.12194440e-4f;
+  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const I bits = (__builtin_convertvector(rounded, I) + 127) << 23;
+  out = p * (F)bits;
+}
+
 }  // namespace xdfast

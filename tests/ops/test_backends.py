@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import xdfast
-from xdfast.ops import _backends
-from xdfast.ops.rsd import native
+from xdfast.ops import _backends, _extension
 
 
 def ladder(device: str = "cpu") -> dict[str, _backends.Rung]:
@@ -50,15 +49,15 @@ def test_a_forced_backend_that_cannot_run_is_an_error() -> None:
 
 
 def test_without_the_extension_plain_pytorch_runs_and_says_how_to_build(monkeypatch) -> None:
-    native._load_extension.cache_clear()
-    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
+    _extension._load_extension.cache_clear()
+    monkeypatch.setattr(_extension.importlib.util, "find_spec", lambda name: None)
     try:
         assert ladder()["torch"].chosen
         assert not ladder()["cpp"].available
         assert "--no-build-isolation" in ladder()["cpp"].reason
         assert torch.isfinite(xdfast.rsd_loss(torch.randn(4, 5), torch.randn(4, 5)))
     finally:
-        native._load_extension.cache_clear()
+        _extension._load_extension.cache_clear()
 
 
 def test_the_environment_variable_forces_a_backend() -> None:

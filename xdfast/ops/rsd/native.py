@@ -2,50 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from xdfast.ops._extension import cpp_available, triton_state
 from xdfast.ops.rsd.fast import Outputs, compute_dtype, prepare_torch, rsd_forward, standardize
 
 __all__ = ["cpp_available", "prepare_cpp", "prepare_triton", "run_cpp", "run_triton", "triton_available"]
-
-
-@lru_cache(maxsize=1)
-def _load_extension() -> tuple[bool, str]:
-    if importlib.util.find_spec("xdfast._C") is None:
-        return False, "extension xdfast._C not built: pip install --no-build-isolation . (needs a C++ compiler)"
-    try:
-        importlib.import_module("xdfast._C")  # its static initialisers register xdfast_c::*
-    except ImportError as error:
-        return False, f"extension xdfast._C does not load ({error}); rebuild it for torch {torch.__version__}"
-    ops = torch.ops.xdfast_c
-    bf16 = "bfloat16" if ops.cpu_has_bf16_gemm() else "no bfloat16 (no AVX512-BF16 or AMX)"
-    return True, f"compiled extension xdfast._C, {ops.cpu_capability()}; products: float32 by {ops.cpu_gemm()}, {bf16}"
-
-
-def cpp_available(device: str) -> tuple[bool, str]:
-    """Whether the C++ kernels can run on ``device``, and why (not)."""
-    if device != "cpu":
-        return False, "the C++ kernels are for CPU tensors"
-    return _load_extension()
-
-
-@lru_cache(maxsize=1)
-def _load_triton() -> tuple[bool, str]:
-    kernels = importlib.import_module("xdfast.kernels")
-    return bool(kernels.HAS_TRITON), kernels.WHY_NOT or "Triton kernels: loss and gradient in three launches"
 
 
 def triton_available(device: str) -> tuple[bool, str]:
     """Whether the Triton kernels can run on ``device``, and why (not)."""
     if device != "cuda":
         return False, "the Triton kernels are for CUDA tensors"
-    ok, reason = _load_triton()
+    ok, reason = triton_state("loss and gradient in three launches")
     return ok, f"{reason}; runs when forced, no measured figure on a GPU prefers it yet" if ok else reason
 
 
