@@ -108,12 +108,16 @@ def test_decimal_targets_are_met_to_the_last_pair(target) -> None:
     assert calibrate_flops(p, [1, 1], target).expected_flops == pytest.approx(target, abs=1e-12)
 
 
-def test_threshold_lies_between_neighbours_even_of_one_ulp() -> None:
-    high = torch.tensor(0.7)
-    low = torch.nextafter(high, torch.tensor(0.0))
-    found = calibrate_flops(torch.stack([low, high])[:, None], [1.0], 0.5)
-    assert found.select(torch.stack([low, high])[:, None, None]).flatten().tolist() == [False, True]
-    assert GateFunction(threshold=found.threshold).threshold.item() == found.threshold  # float32 has it
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_threshold_lies_between_neighbours_even_of_one_ulp(dtype) -> None:
+    low = torch.tensor(0.7, dtype=dtype)
+    for _ in range(4):  # half-way is rounded up for one parity, down for the other
+        high = torch.nextafter(low, torch.tensor(1.0, dtype=dtype))
+        found = calibrate_flops(torch.stack([low, high])[:, None], [1.0], 0.5)
+        assert found.select(torch.stack([low, high])[:, None, None]).flatten().tolist() == [False, True]
+        if dtype == torch.float32:  # a gate's threshold is a float32 and must not be rounded to another
+            assert GateFunction(threshold=found.threshold).threshold.item() == found.threshold
+        low = high
     assert calibrate_flops(torch.tensor([[0.2], [0.6]]), [1.0], 0.5).threshold == pytest.approx(0.4)
 
 

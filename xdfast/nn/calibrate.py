@@ -140,12 +140,13 @@ def _lowest(p: Tensor, costs: Tensor, budget: float, whole: float) -> float:
 
 
 def _between(low: float, high: float) -> float:
-    """A number t with low ≤ t < high, half-way where there is room: exact in float32 if it can be."""
+    """A number t with low ≤ t < high, half-way where there is room: a float32, as a gate's threshold is, if low is one."""
     middle = (low + high) / 2
-    for value in (float(torch.tensor(middle, dtype=torch.float32)), middle):
-        if low <= value < high:
-            return value
-    return low
+    rounded = float(torch.tensor(middle, dtype=torch.float32))
+    if low <= rounded < high:
+        return rounded
+    # neighbours, and half-way is rounded up
+    return low if float(torch.tensor(low, dtype=torch.float32)) == low or middle >= high else middle
 
 
 def select_per_sample(

@@ -99,7 +99,7 @@ def gumbel(logits: Tensor, tau: float | Tensor = 1.0, generator: torch.Generator
     else:
         uniform = torch.rand(logits.shape, generator=generator, dtype=logits.dtype, device=logits.device)
     # rand is in [0, 1): its 0 would be -inf, and an infinite sample has no gradient
-    uniform = uniform.clamp(torch.finfo(logits.dtype).tiny, 1 - torch.finfo(logits.dtype).eps)
+    uniform = uniform.clamp(min=torch.finfo(logits.dtype).tiny)
     return soft(logits + torch.log(uniform) - torch.log1p(-uniform), tau)
 
 
