@@ -1,4 +1,4 @@
-"""The fixture ``interpreter``: calls functions of ``xdfast.kernels.rsd`` under Triton's interpreter on the CPU."""
+"""The fixture ``interpreter``: calls functions of ``xdfast.kernels`` under Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ import torch
 
 @pytest.fixture(scope="session")
 def interpreter(tmp_path_factory) -> Iterator[Callable[..., SimpleNamespace]]:
-    """``interpreter("rsd_forward", student, …, table=None, groups=None, splits=None)`` → outputs, launches, …"""
+    """``interpreter("rsd_forward", student, …, table=None, groups=None, splits=None)`` → outputs, launches, …
+
+    The functions of rsd by their name; others as ``module.function``: where they return nothing, ``outputs`` is their
+    (arguments, keyword arguments) after the call.
+    """
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     log = tmp_path_factory.mktemp("interpreter") / "stderr.txt"
     worker = Path(__file__).parent / "interpreter_worker.py"

@@ -1,0 +1,144 @@
+"""Tiles of the routed kernels: one static table, as ``configs.py`` and for its reasons. No autotuning at run time.
+
+What is chosen depends on shapes the host knows (the capacity, not the number of active rows), so a row's result does not
+depend on which others are active. Changing a row here means running ``python -m xdfast.kernels.aot``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import configs
+
+__all__ = [
+    "GROUP",
+    "KERNELS",
+    "PART",
+    "PRODUCT_KERNELS",
+    "RoutedTile",
+    "lookup",
+    "parts",
+    "ragged_tile",
+    "row_tile",
+    "tiles",
+]
+
+#: Row tiles that are gone through column by column.
+GROUP = 8
+#: Columns of one part of the statistics that travel with the residual stream; divides the columns of every tile that
+#: writes them.
+PART = 64
+
+
+@dataclass(frozen=True)
+class RoutedTile(configs.Tile):
+    """:class:`configs.Tile`, ``limit`` not used for products, and
+
+    Attributes:
+        deeper: taken for contractions longer than this.
+        programs: programs per SM of the persistent grid.
+    """
+
+    deeper: int = 0
+    programs: int = 1
+
+
+def _tile(rows: int, columns: int, depth: int, warps: int, stages: int, programs: int, deeper: int = 0) -> RoutedTile:
+    return RoutedTile(None, rows, columns, warps, stages, depth, deeper, programs)
+
+
+# Large tiles first. A short contraction (D ≤ 512) leaves the tensor cores idle during the epilogue (erf: 25 instructions
+# an element) unless another program on the SM multiplies meanwhile: 64 × 128, two or three programs. Small tiles are for
+# few rows: one robot, one image.
+_FEW = (_tile(64, 64, 64, 4, 3, 3), _tile(32, 64, 64, 4, 3, 4), _tile(16, 64, 64, 4, 3, 4))
+_HALF = {
+    "norm_linear": (_tile(128, 128, 64, 8, 3, 1, 512), _tile(64, 128, 64, 8, 3, 2), *_FEW),
+    "norm_linear_load": (_tile(64, 128, 64, 8, 3, 2), *_FEW),
+    "norm_linear_pair": (_tile(64, 128, 64, 8, 3, 1), *_FEW),
+    "norm_linear_pair_load": (_tile(64, 64, 64, 8, 3, 2), *_FEW[1:]),
+    "linear_residual": (_tile(128, 128, 64, 8, 3, 1, 512), _tile(64, 128, 64, 8, 3, 2), *_FEW),
+    "input_gradient": (_tile(128, 128, 64, 8, 3, 1, 512), _tile(64, 128, 64, 8, 3, 2), *_FEW),
+    "weight_gradient": (_tile(128, 128, 64, 8, 3, 1), _tile(64, 64, 64, 4, 3, 1)),
+}
+_FEW_TF32 = (_tile(64, 64, 32, 4, 3, 3), _tile(32, 64, 32, 4, 3, 4), _tile(16, 64, 32, 4, 3, 4))
+_TF32 = {
+    "norm_linear": (_tile(64, 128, 32, 8, 3, 2), *_FEW_TF32),
+    "norm_linear_load": (_tile(64, 128, 32, 8, 3, 2), *_FEW_TF32),
+    "norm_linear_pair": (_tile(64, 64, 32, 8, 3, 1), *_FEW_TF32[1:]),
+    "norm_linear_pair_load": (_tile(64, 64, 32, 8, 3, 2), *_FEW_TF32[1:]),
+    "linear_residual": (_tile(64, 128, 32, 8, 3, 2), *_FEW_TF32),
+    "input_gradient": (_tile(64, 128, 32, 8, 3, 2), *_FEW_TF32),
+    "weight_gradient": (_tile(64, 64, 32, 4, 3, 1),),
+}
+_FEW_FP32 = (_tile(64, 64, 16, 8, 3, 2), _tile(32, 64, 16, 4, 3, 3), _tile(16, 64, 16, 4, 3, 4))
+_FP32 = {
+    "norm_linear": _FEW_FP32,
+    "norm_linear_load": _FEW_FP32,
+    "norm_linear_pair": _FEW_FP32[1:],
+    "norm_linear_pair_load": _FEW_FP32[1:],
+    "linear_residual": _FEW_FP32,
+    "input_gradient": _FEW_FP32,
+    "weight_gradient": (_tile(64, 64, 16, 8, 3, 1),),
+}
+
+#: For shapes or strides not divisible by 16: rows that start anywhere are loaded element by element, past the pipeline,
+#: and the addresses take the registers of a large tile.
+_RAGGED = {"fp32": _tile(32, 64, 16, 4, 1, 4), "tf32": _tile(32, 64, 32, 4, 1, 4)}
+_RAGGED |= dict.fromkeys(("bf16", "fp16"), _tile(32, 64, 32, 4, 1, 4))
+
+# Passes over rows: 8 to 16 values a thread.
+_ROWS = (
+    RoutedTile(256, 8, 256, 4, programs=8),
+    RoutedTile(512, 4, 512, 4, programs=8),
+    RoutedTile(None, 4, 1024, 8, programs=4),
+)
+_PASSES = dict.fromkeys(
+    ("gate_rows", "moments", "norm_backward", "norm_rows", "residual", "residual_backward"), _ROWS
+) | {
+    "activation_backward": (RoutedTile(None, 8, 256, 4, programs=8),),
+    "add_parts": (RoutedTile(None, 1, 1024, 4),),
+    "column_sums": (RoutedTile(None, 32, 64, 4),),
+    # Units of many rows, one a program; units of few rows, and tokens.
+    "gate_units": (RoutedTile(32, 32, 32, 4), RoutedTile(None, 1, 256, 4)),
+}
+
+_TABLE: dict[tuple[str, int, str], tuple[RoutedTile, ...]] = {}
+for _arch in configs.ARCHITECTURES:
+    for _product, _products in (("fp32", _FP32), ("tf32", _TF32), ("bf16", _HALF), ("fp16", _HALF)):
+        for _kernel, _tiles in (_products | _PASSES).items():
+            _TABLE[_kernel, _arch, _product] = _tiles
+
+#: Kernels with a matrix product.
+PRODUCT_KERNELS = tuple(_HALF)
+#: All kernels of the table.
+KERNELS = tuple(sorted({kernel for kernel, _, _ in _TABLE}))
+
+
+def tiles(kernel: str, arch: int, product: str) -> tuple[RoutedTile, ...]:
+    """All tiles of a kernel on one architecture: large to small for products, by limit for passes."""
+    return _TABLE[kernel, configs.nearest(arch), product]
+
+
+def lookup(kernel: str, arch: int, product: str, rows: int, columns: int, depth: int, processors: int) -> RoutedTile:
+    """The largest tile of which an output [rows, columns] has enough to fill three quarters of the GPU, else the smallest."""
+    found = [tile for tile in tiles(kernel, arch, product) if depth > tile.deeper]
+    for tile in found:
+        if 4 * -(-rows // tile.rows) * -(-columns // tile.columns) >= 3 * processors:
+            return tile
+    return found[-1]
+
+
+def ragged_tile(kernel: str, product: str) -> RoutedTile:
+    """The tile of a product whose sizes or row strides are not all divisible by 16."""
+    return _RAGGED[product]
+
+
+def row_tile(kernel: str, columns: int) -> RoutedTile:
+    """The tile of a pass over rows of ``columns``; it does not depend on architecture or dtype."""
+    found = _PASSES[kernel]
+    return next((tile for tile in found if tile.limit is None or columns <= tile.limit), found[-1])
+
+
+def parts(columns: int) -> int:
+    """Parts of the statistics [R, parts, 2] of a residual stream of this width."""
+    return -(-columns // PART)
