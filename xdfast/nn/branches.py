@@ -1,0 +1,377 @@
+"""Residual branches f(norm(x)) of a transformer layer, as views of existing modules: densely, or for listed rows alone.
+
+A branch owns no parameters: it points into the layer it describes, so that names, devices, dtypes and optimisers are the
+layer's. ``dense`` calls the layer's own modules; ``routed`` computes the same with the ops of :mod:`xdfast.ops.routed`;
+``infer`` is ``routed`` for the CPU without gradients, with prepared weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from xdfast.nn.packed import PackedLinear
+from xdfast.ops.route import RouteList
+from xdfast.ops.routed import (
+    routed_attention,
+    routed_linear_residual,
+    routed_linear_residual_,
+    routed_ln_linear,
+    routed_norm,
+    routed_residual,
+    routed_residual_,
+)
+from xdfast.ops.routed.reference import activate
+from xdfast.ops.routed.rows import RowPasses
+
+__all__ = ["AttentionBranch", "Branch", "MLPBranch", "ModuleBranch", "Norm"]
+
+
+class Branch(Protocol):
+    """One residual branch."""
+
+    def dense(self, x: Tensor, *, seen: Tensor | None = None, **context: Any) -> Tensor:
+        """f(norm(x)) [B, T, D] by the layer's own modules; ``seen`` [B, T] bool: tokens whose keys others see."""
+
+    def routed(
+        self, x: Tensor, route: RouteList, tokens: int, *, keys: str = "active", in_place: bool = False, **context: Any
+    ) -> Tensor:
+        """x [R, D] with g · f(norm(x)) added to the listed rows; differentiable unless ``in_place``."""
+
+    def infer(
+        self, x: Tensor, route: RouteList, tokens: int, rows: RowPasses, *, keys: str = "active", **context: Any
+    ) -> None:
+        """The same in place, on the CPU, without gradients."""
+
+    def macs(self, rows: int, tokens: int) -> int:
+        """Multiply-accumulates of the products for ``rows`` rows of samples with ``tokens`` tokens."""
+
+
+class Norm:
+    """What the ops need of a normalisation module: LayerNorm, RMSNorm (torch's, timm's, Hugging Face's), or none."""
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self.module = module
+        name = type(module).__name__
+        if module is None or isinstance(module, nn.Identity):
+            self.kind = "none"
+        elif isinstance(module, nn.LayerNorm) or name in ("LayerNorm", "LayerNormFp32"):
+            self.kind = "layer"
+        elif name.endswith("RMSNorm") or name in ("RmsNorm", "RmsNormFast", "SimpleNorm"):
+            self.kind = "rms"
+        else:
+            raise ValueError(
+                f"{name} is neither LayerNorm nor RMSNorm; give the branch as a ModuleBranch with norm=None"
+            )
+        eps = getattr(module, "eps", getattr(module, "variance_epsilon", 1e-6))
+        self.eps = 1e-6 if eps is None else float(eps)
+
+    @property
+    def weight(self) -> Tensor | None:
+        return getattr(self.module, "weight", None)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.module, "bias", None)
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of :func:`xdfast.ops.routed.routed_ln_linear`."""
+        return {"norm_weight": self.weight, "norm_bias": self.bias, "norm": self.kind, "eps": self.eps}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x if self.module is None else self.module(x)
+
+    def gather(self, rows: RowPasses, x: Tensor, route: RouteList) -> Tensor:
+        """norm(x[rows]), exactly the listed ones."""
+        assert route.units is not None
+        return rows.gather_norm(
+            x, self.weight, self.bias, route.index, route.units, route.rows_per_unit, self.kind, self.eps, False
+        )[0]
+
+
+def _scaled(linear: nn.Linear, scale: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+    """LayerScale (``gamma`` [D]) multiplied into the linear map before it."""
+    if scale is None:
+        return linear.weight, linear.bias
+    gamma: Tensor = scale.gamma  # type: ignore[assignment]
+    return linear.weight * gamma[:, None], None if linear.bias is None else linear.bias * gamma
+
+
+def _joined(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Linear maps of one input as one."""
+    if len(linears) == 1:
+        return linears[0].weight, linears[0].bias
+    weight = torch.cat([linear.weight for linear in linears])
+    if all(linear.bias is None for linear in linears):
+        return weight, None
+    biases = [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias for x in linears]
+    return weight, torch.cat(biases)
+
+
+def _sources(linears: Sequence[nn.Linear], scale: nn.Module | None) -> list[Tensor]:
+    found = [t for linear in linears for t in (linear.weight, linear.bias) if t is not None]
+    return found if scale is None else [*found, scale.gamma]  # type: ignore[list-item]
+
+
+class _Packs:
+    """The prepared linear maps of a branch, made on first use; copies of a model make their own."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, PackedLinear] = {}
+
+    def get(
+        self, name: str, linears: Sequence[nn.Linear], scale: nn.Module | None, act: str, rows: int
+    ) -> PackedLinear:
+        if name not in self._made:
+
+            def parts() -> tuple[Tensor, Tensor | None]:
+                return _joined(linears) if scale is None else _scaled(linears[0], scale)
+
+            self._made[name] = PackedLinear(parts, lambda: _sources(linears, scale), act, rows)
+        return self._made[name]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Packs:
+        return _Packs()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Packs, ()
+
+
+class MLPBranch:
+    """scale · W₂ act(W₁ norm(x)); SwiGLU with two inner maps (gate, up).
+
+    Args:
+        norm: the normalisation, or None.
+        inner: one linear map, or (gate, up) of SwiGLU.
+        act: activation of :data:`xdfast.ops.routed.ACTIVATIONS`.
+        outer: the last linear map.
+        scale: LayerScale, a module with ``gamma`` [D], or None.
+        whole: the layer's own modules between norm and sum, in order, for ``dense``; empty: the parts above.
+    """
+
+    def __init__(
+        self,
+        norm: nn.Module | None,
+        inner: nn.Linear | tuple[nn.Linear, nn.Linear],
+        act: str,
+        outer: nn.Linear,
+        *,
+        scale: nn.Module | None = None,
+        whole: Sequence[nn.Module] = (),
+    ) -> None:
+        self.norm = Norm(norm)
+        self.inner = list(inner) if isinstance(inner, tuple) else [inner]
+        self.act, self.outer, self.scale, self._whole = act, outer, scale, tuple(whole)
+        self._packs = _Packs()
+
+    def dense(self, x: Tensor, *, seen: Tensor | None = None, **context: Any) -> Tensor:
+        y = self.norm(x)
+        if self._whole:
+            return _through(self._whole, y)
+        h = activate(functional.linear(y, *_joined(self.inner)), self.act)
+        return functional.linear(h, *_scaled(self.outer, self.scale))
+
+    def routed(
+        self, x: Tensor, route: RouteList, tokens: int, *, keys: str = "active", in_place: bool = False, **context: Any
+    ) -> Tensor:
+        h = routed_ln_linear(x, *_joined(self.inner), route, **self.norm.options(), act=self.act)
+        add = routed_linear_residual_ if in_place else routed_linear_residual
+        return add(x, h, *_scaled(self.outer, self.scale), route)
+
+    def infer(
+        self, x: Tensor, route: RouteList, tokens: int, rows: RowPasses, *, keys: str = "active", **context: Any
+    ) -> None:
+        swiglu = self.act == "swiglu"
+        inner = self._packs.get("inner", self.inner, None, "none" if swiglu else self.act, x.shape[0])
+        outer = self._packs.get("outer", [self.outer], self.scale, "none", x.shape[0])
+        h = inner(self.norm.gather(rows, x, route).to(self.outer.weight.dtype))
+        routed_residual_(x, outer(rows.swiglu(h) if swiglu else h), route)
+
+    def macs(self, rows: int, tokens: int) -> int:
+        return rows * sum(x.in_features * x.out_features for x in (*self.inner, self.outer))
+
+
+class AttentionBranch:
+    """scale · W_o attention(q, k, v) of norm(x), inside each sample.
+
+    Args:
+        norm: the normalisation before it, or None.
+        qkv: one linear map to [q | k | v], or three.
+        proj: the output map.
+        heads, kv_heads: of queries, and of keys and values.
+        q_norm, k_norm: normalisations per head, or None.
+        between: a normalisation between attention and ``proj``, or None.
+        scale: LayerScale, a module with ``gamma`` [D], or None.
+        softmax_scale: factor of the scores; None: 1 / √(head width).
+        causal: a token sees itself and those before it.
+        whole: the layer's own modules between norm and sum, in order, for ``dense``; empty: the parts above.
+    """
+
+    def __init__(
+        self,
+        norm: nn.Module | None,
+        qkv: nn.Linear | tuple[nn.Linear, nn.Linear, nn.Linear],
+        proj: nn.Linear,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+        between: nn.Module | None = None,
+        scale: nn.Module | None = None,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        whole: Sequence[nn.Module] = (),
+    ) -> None:
+        self.norm = Norm(norm)
+        self.qkv = list(qkv) if isinstance(qkv, tuple) else [qkv]
+        self.proj, self.heads, self.kv_heads = proj, heads, kv_heads or heads
+        self.q_norm, self.k_norm, self.between = q_norm, k_norm, between
+        self.scale, self.softmax_scale, self.causal, self._whole = scale, softmax_scale, causal, tuple(whole)
+        out = sum(linear.out_features for linear in self.qkv)
+        self.width = out // (self.heads + 2 * self.kv_heads)
+        if self.width * (self.heads + 2 * self.kv_heads) != out or self.width * self.heads != proj.in_features:
+            raise ValueError(
+                f"{out} features of q, k and v do not make {heads} heads of queries and {self.kv_heads} of keys and values"
+            )
+        self._packs = _Packs()
+
+    def dense(self, x: Tensor, *, seen: Tensor | None = None, **context: Any) -> Tensor:
+        y = self.norm(x)
+        if self._whole and seen is None:
+            return _through(self._whole, y)
+        q, k, v = self._heads(functional.linear(y, *_joined(self.qkv)))
+        q, k, v = (t.transpose(-2, -3) for t in (q, k, v))
+        mask = None
+        if seen is not None:  # an unlisted token sees itself alone: it is not used, but NaN would reach the gradient
+            mask = seen[:, None, None, :] | torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device)
+            mask = mask.tril() if self.causal else mask
+        o = functional.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=self.causal and mask is None, scale=self.softmax_scale,
+            enable_gqa=self.heads != self.kv_heads,
+        )  # fmt: skip
+        return functional.linear(self._flat(o.transpose(-2, -3)), *_scaled(self.proj, self.scale))
+
+    def routed(
+        self, x: Tensor, route: RouteList, tokens: int, *, keys: str = "active", in_place: bool = False, **context: Any
+    ) -> Tensor:
+        if keys == "all" and route.rows_per_unit < tokens:
+            q, k, v, offsets_k = self._all_keys(x, route, tokens)
+        else:
+            q, k, v = self._heads(routed_ln_linear(x, *_joined(self.qkv), route, **self.norm.options()))
+            offsets_k = None
+        o = routed_attention(q, k, v, route.offsets, offsets_k, scale=self.softmax_scale, causal=self.causal)
+        add = routed_linear_residual_ if in_place else routed_linear_residual
+        return add(x, self._flat(o), *_scaled(self.proj, self.scale), route)
+
+    def infer(
+        self, x: Tensor, route: RouteList, tokens: int, rows: RowPasses, *, keys: str = "active", **context: Any
+    ) -> None:
+        if keys == "all" and route.rows_per_unit < tokens:
+            q, k, v, offsets_k = self._all_keys(x, route, tokens)
+        else:
+            pack = self._packs.get("qkv", self.qkv, None, "none", x.shape[0])
+            q, k, v = self._heads(pack(self.norm.gather(rows, x, route).to(self.proj.weight.dtype)))
+            offsets_k = None
+        o = routed_attention(q, k, v, route.offsets, offsets_k, scale=self.softmax_scale, causal=self.causal)
+        proj = self._packs.get("proj", [self.proj], self.scale, "none", x.shape[0])
+        routed_residual_(x, proj(self._flat(o)), route)
+
+    def macs(self, rows: int, tokens: int) -> int:
+        linear = sum(x.in_features * x.out_features for x in (*self.qkv, self.proj))
+        return rows * (linear + 2 * tokens * self.heads * self.width)
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [..., (H + 2 H') d] → [..., H, d] and twice H'
+        q, k, v = qkv.unflatten(-1, (self.heads + 2 * self.kv_heads, self.width)).split(
+            (self.heads, self.kv_heads, self.kv_heads), -2
+        )
+        q = q if self.q_norm is None else self.q_norm(q)
+        return q, k if self.k_norm is None else self.k_norm(k), v
+
+    def _flat(self, o: Tensor) -> Tensor:
+        o = o.flatten(-2)
+        return o if self.between is None else self.between(o)
+
+    def _all_keys(self, x: Tensor, route: RouteList, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries of the listed rows, keys and values of all: what a model converted from a dense one expects."""
+        if self.causal:
+            raise ValueError("keys='all' with causal attention needs samples as units: positions would be lost")
+        weight, bias = _joined(self.qkv)
+        split = self.heads * self.width
+        q = routed_ln_linear(x, weight[:split], None if bias is None else bias[:split], route, **self.norm.options())
+        q = q.unflatten(-1, (self.heads, self.width))
+        kv = functional.linear(self.norm(x).to(weight.dtype), weight[split:], None if bias is None else bias[split:])
+        k, v = kv.unflatten(-1, (2 * self.kv_heads, self.width)).chunk(2, -2)
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
+        samples = x.shape[0] // tokens
+        offsets = torch.arange(samples + 1, device=x.device, dtype=torch.int32) * tokens
+        return q, k, v, offsets
+
+
+class ModuleBranch:
+    """Any inner module behind a norm: gathered samples in, their outputs added back.
+
+    Units must be samples, unless ``rowwise``: the module treats every token alone.
+    """
+
+    def __init__(
+        self,
+        norm: nn.Module | None,
+        inner: Callable[..., Tensor],
+        *,
+        rowwise: bool = False,
+        macs_per_row: Callable[[int], int] | None = None,
+    ) -> None:
+        try:
+            self.norm = Norm(norm)
+        except ValueError:  # an unknown norm: gathered as it is, then called
+            self.norm, inner = Norm(None), _Chain(norm, inner)
+        self.inner, self.rowwise, self._macs = inner, rowwise, macs_per_row
+
+    def dense(self, x: Tensor, *, seen: Tensor | None = None, **context: Any) -> Tensor:
+        return self.inner(self.norm(x), **context)
+
+    def routed(
+        self, x: Tensor, route: RouteList, tokens: int, *, keys: str = "active", in_place: bool = False, **context: Any
+    ) -> Tensor:
+        y = routed_norm(x, route, **self.norm.options())
+        add = routed_residual_ if in_place else routed_residual
+        return add(x, self._call(y, route, tokens, context), route)
+
+    def infer(
+        self, x: Tensor, route: RouteList, tokens: int, rows: RowPasses, *, keys: str = "active", **context: Any
+    ) -> None:
+        y = self.norm.gather(rows, x, route)
+        routed_residual_(x, self._call(y, route, tokens, context), route)
+
+    def macs(self, rows: int, tokens: int) -> int:
+        return 0 if self._macs is None else rows * self._macs(tokens)
+
+    def _call(self, y: Tensor, route: RouteList, tokens: int, context: dict[str, Any]) -> Tensor:
+        if not self.rowwise:
+            if route.rows_per_unit != tokens:
+                raise ValueError(
+                    f"{type(self.inner).__name__} mixes the tokens of a sample, so only whole samples can be routed through "
+                    "it; use unit='sample'"
+                )
+            return self.inner(y.unflatten(0, (-1, tokens)), **context).flatten(0, 1)
+        return self.inner(y[None], **context)[0]
+
+
+def _through(modules: Sequence[nn.Module], y: Tensor) -> Tensor:
+    for module in modules:
+        y = module(y)
+    return y
+
+
+class _Chain:
+    def __init__(self, first: nn.Module | None, second: Callable[..., Tensor]) -> None:
+        self.first, self.second = first, second
+
+    def __call__(self, x: Tensor, **context: Any) -> Tensor:
+        return self.second(x if self.first is None else self.first(x), **context)
