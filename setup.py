@@ -43,6 +43,11 @@ HEADERS = [
     "csrc/cpu/standardize.h",
     "csrc/cpu/vector.h",
 ]
+#: Compiled too where nvcc and a torch with CUDA are at hand; they register themselves for CUDA tensors.
+#: (Objects are named after their source without its ending, so a .cpp and a .cu may not share a name.)
+CUDA_SOURCES = ["csrc/cuda/route_plan_op.cpp", "csrc/cuda/route_plan.cu"]
+CUDA_HEADERS = ["csrc/cuda/route_plan.h"]
+CUDA_ARCHITECTURES = (80, 90, 100)
 INFO_NAME = "_build_info.json"
 HOW_TO_BUILD = "pip install --no-build-isolation --no-deps --force-reinstall ."
 
@@ -99,6 +104,34 @@ def compiler_version(compiler: str) -> str:
     return (run.stdout.strip().splitlines() or [compiler])[0]
 
 
+def cuda_toolkit(guess: str | None) -> str | None:
+    """The toolkit's folder. torch takes the folder above nvcc's, which is wrong for a link to nvcc in /usr/local/bin."""
+    found = [Path(guess), Path(guess, "bin", "nvcc").resolve().parent.parent] if guess else []
+    for home in (*found, Path("/usr/local/cuda")):
+        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
+            return str(home)
+    return None
+
+
+def no_cuda(torch_cuda: str | None, home: str | None) -> str | None:
+    """Why the CUDA kernels cannot be compiled, or None if they can: nvcc of the same major version as torch's CUDA."""
+    if os.environ.get("XDFAST_BUILD_CUDA", "").strip().lower() in ("0", "false"):
+        return "XDFAST_BUILD_CUDA=0 was set during the build"
+    if torch_cuda is None:
+        return "this torch was built without CUDA"
+    if home is None:
+        return "no CUDA toolkit with nvcc was found (install it, or set CUDA_HOME)"
+    nvcc = str(Path(home, "bin", "nvcc"))
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{nvcc} does not run ({error})"
+    release = said.partition("release ")[2].partition(",")[0]
+    if release.partition(".")[0] != torch_cuda.partition(".")[0]:
+        return f"{nvcc} is of CUDA {release or 'unknown'}, torch of CUDA {torch_cuda}; the major versions must agree"
+    return None
+
+
 def extension() -> tuple[list[Any], dict[str, Any], str | None]:
     """(ext_modules, cmdclass, why the extension is skipped or None)."""
     want = requested()
@@ -126,7 +159,23 @@ def extension() -> tuple[list[Any], dict[str, Any], str | None]:
         # calls then resolve to the OpenMP runtime torch itself loaded, not to a second pool of threads beside it.
         # (Clang's calls need its own runtime; there the extension runs on one thread.)
         compile_flags.append("-fopenmp")
-    ext = cpp_extension.CppExtension("xdfast._C", SOURCES, depends=HEADERS, extra_compile_args={"cxx": compile_flags})
+    toolkit = cuda_toolkit(cpp_extension.CUDA_HOME)
+    without_cuda = no_cuda(torch.version.cuda, toolkit)
+    if without_cuda is None:
+        cpp_extension.CUDA_HOME = toolkit
+        # Explicit targets: torch would ask the GPU of this machine, and may find none. PTX of the newest for what comes.
+        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+        targets.append("-gencode=arch=compute_{0},code=compute_{0}".format(CUDA_ARCHITECTURES[-1]))
+        ext = cpp_extension.CUDAExtension(
+            "xdfast._C",
+            [*SOURCES, *CUDA_SOURCES],
+            depends=[*HEADERS, *CUDA_HEADERS],
+            extra_compile_args={"cxx": compile_flags, "nvcc": ["-O3", *targets]},
+        )
+    else:
+        ext = cpp_extension.CppExtension(
+            "xdfast._C", SOURCES, depends=HEADERS, extra_compile_args={"cxx": compile_flags}
+        )
     ext.optional = not want  # distutils then tolerates a library that was not produced
 
     class BuildExt(cpp_extension.BuildExtension):
@@ -142,7 +191,7 @@ def extension() -> tuple[list[Any], dict[str, Any], str | None]:
                 "flags": compile_flags,
             }
             try:
-                super().build_extensions()
+                info["cuda_kernels"] = self._build_with_cuda_or_without()
                 info["built"] = True
             except Exception as error:
                 if want:
@@ -155,6 +204,23 @@ def extension() -> tuple[list[Any], dict[str, Any], str | None]:
             write_info(Path(self.build_lib) / "xdfast", info)
             if self._in_place:
                 write_info(ROOT / "xdfast", info)
+
+        def _build_with_cuda_or_without(self) -> str:
+            """Builds; says what became of the CUDA kernels, without which the extension is as good for the CPU."""
+            if without_cuda is not None:
+                super().build_extensions()
+                return f"not built: {without_cuda}"
+            try:
+                super().build_extensions()
+                return "built for " + ", ".join(f"sm_{a}" for a in CUDA_ARCHITECTURES)
+            except Exception as error:
+                reason = (str(error).strip().splitlines() or [""])[-1][:500]
+            say(f"the CUDA kernels do not compile ({reason}); building the extension without them")
+            again = cpp_extension.CppExtension("xdfast._C", SOURCES, extra_compile_args={"cxx": compile_flags})
+            for name in ("sources", "libraries", "library_dirs", "include_dirs"):
+                setattr(ext, name, getattr(again, name))
+            super().build_extensions()
+            return f"not built: the compiler failed: {reason}"
 
         def run(self) -> None:
             # setuptools builds an editable install with inplace=1 but clears the flag while the compiler runs.

@@ -102,7 +102,7 @@ def compile_all(
         for kernel in kernels:
             for product in products:
                 if kernel in aot_routed.KERNELS:
-                    launches = aot_routed.launches(kernel, arch, product)
+                    launches = list(aot_routed.launches(kernel, arch, product))
                 else:
                     launches = [(t, v) for t in configs.tiles(kernel, arch, product) for v in variants(kernel, product)]
                 for tile, variant in launches:

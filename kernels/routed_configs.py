@@ -60,6 +60,18 @@ _HALF = {
     "input_gradient": (_tile(128, 128, 64, 8, 3, 1, 512), _tile(64, 128, 64, 8, 3, 2), *_FEW),
     "weight_gradient": (_tile(128, 128, 64, 8, 3, 1), _tile(64, 64, 64, 4, 3, 1)),
 }
+# A100: steps of 32 for 8 warps, with 64 the assembler aims at 128 registers and just misses.
+_MIDDLE_80 = _tile(64, 128, 32, 8, 4, 2)
+_HALF_80 = _HALF | {
+    "norm_linear": (_HALF["norm_linear"][0], _MIDDLE_80, *_FEW),
+    "norm_linear_pair_load": (_tile(64, 64, 32, 8, 3, 2), *_FEW[1:]),
+    "linear_residual": (_HALF["linear_residual"][0], _MIDDLE_80, *_FEW),
+    "input_gradient": (_HALF["input_gradient"][0], _MIDDLE_80, *_FEW),
+}
+# Blackwell: the accumulator is in tensor memory, and the assembler aims at 128 registers and just misses.
+_HALF_100 = _HALF | {
+    "norm_linear_load": (_tile(64, 128, 64, 4, 3, 2), _tile(64, 64, 64, 8, 3, 3), *_FEW[1:]),
+}
 _FEW_TF32 = (_tile(64, 64, 32, 4, 3, 3), _tile(32, 64, 32, 4, 3, 4), _tile(16, 64, 32, 4, 3, 4))
 _TF32 = {
     "norm_linear": (_tile(64, 128, 32, 8, 3, 2), *_FEW_TF32),
@@ -104,7 +116,8 @@ _PASSES = dict.fromkeys(
 
 _TABLE: dict[tuple[str, int, str], tuple[RoutedTile, ...]] = {}
 for _arch in configs.ARCHITECTURES:
-    for _product, _products in (("fp32", _FP32), ("tf32", _TF32), ("bf16", _HALF), ("fp16", _HALF)):
+    _half = {80: _HALF_80, 100: _HALF_100}.get(_arch, _HALF)
+    for _product, _products in (("fp32", _FP32), ("tf32", _TF32), ("bf16", _half), ("fp16", _half)):
         for _kernel, _tiles in (_products | _PASSES).items():
             _TABLE[_kernel, _arch, _product] = _tiles
 
