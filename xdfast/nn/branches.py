@@ -25,7 +25,7 @@ from xdfast.ops.routed import (
     routed_residual,
     routed_residual_,
 )
-from xdfast.ops.routed.reference import activate
+from xdfast.ops.routed.reference import activate, norm_reference
 from xdfast.ops.routed.rows import RowPasses
 
 __all__ = ["AttentionBranch", "Branch", "MLPBranch", "ModuleBranch", "Norm"]
@@ -68,7 +68,12 @@ class Norm:
                 f"{name} is neither LayerNorm nor RMSNorm; give the branch as a ModuleBranch with norm=None"
             )
         eps = getattr(module, "eps", getattr(module, "variance_epsilon", 1e-6))
-        self.eps = 1e-6 if eps is None else float(eps)
+        self.eps = torch.finfo(torch.float32).eps if eps is None else float(eps)
+        if module is not None and self.kind != "none" and not _computes(module, self.kind, self.eps):
+            raise ValueError(
+                f"{name} computes something else than {self.kind} norm · weight + bias with eps={self.eps:g} (Gemma's multiplies "
+                "by 1 + weight); give the branch as a ModuleBranch, which calls the module itself"
+            )
 
     @property
     def weight(self) -> Tensor | None:
@@ -93,6 +98,25 @@ class Norm:
         )[0]
 
 
+@torch.no_grad()
+def _computes(module: nn.Module, kind: str, eps: float) -> bool:
+    """Whether a normalisation is what its name says, found by asking it: names and attributes do not tell."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if weight is None:
+        width = int(getattr(module, "normalized_shape", (8,))[-1])
+        x = torch.empty(2, width)
+    elif weight.is_meta or weight.dim() != 1:
+        return weight.dim() == 1 and "Gemma" not in type(module).__name__
+    else:
+        x = weight.new_empty(2, weight.shape[0])
+    points = torch.linspace(-1, 2, x.shape[1], dtype=torch.float64)
+    # mean and variance are not 0 and 1; the second row is so small that eps matters
+    x.copy_(torch.stack((points, 2e-3 * (7 * points).sin() + 1e-3)))
+    expected, found = norm_reference(x.double(), weight, bias, kind, eps), module(x).double()
+    half = x.dtype.itemsize < 4
+    return torch.allclose(found, expected, rtol=4e-2 if half else 1e-4, atol=4e-2 if half else 1e-4)
+
+
 def _scaled(linear: nn.Linear, scale: nn.Module | None) -> tuple[Tensor, Tensor | None]:
     """LayerScale (``gamma`` [D]) multiplied into the linear map before it."""
     if scale is None:
@@ -105,7 +129,7 @@ def _joined(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     """Linear maps of one input as one."""
     if len(linears) == 1:
         return linears[0].weight, linears[0].bias
-    weight = torch.cat([linear.weight for linear in linears])
+    weight = torch.cat([linear.weight for linear in linears])  # type: ignore[arg-type]  # stubs: no Parameters
     if all(linear.bias is None for linear in linears):
         return weight, None
     biases = [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias for x in linears]

@@ -177,12 +177,16 @@ class RoutedStack(nn.Module):
         force = None
         if self.sparse_train and self.training and self.explore > 0:
             force = (gates.detach() <= 0.5) & (torch.rand_like(gates, dtype=torch.float32) < self.explore)
-        scaled = self.gate.scale == "scaled"
-        threshold = float(self.gate.threshold) if scaled and self.gate.threshold.numel() == 1 else 0.5
+        hard = self.gate.scale == "hard"
         plan = make_plan(
-            gates, rows_per_unit=rows, samples=x.shape[0], threshold=threshold, hard=not scaled, force=force
+            gates, rows_per_unit=rows, samples=x.shape[0], threshold=self._threshold(), hard=hard, force=force
         )
         return plan.to_host() if host else plan
+
+    def _threshold(self) -> float:
+        """Above which a gate is active."""
+        scaled = self.gate.scale == "scaled"
+        return float(self.gate.threshold) if scaled and self.gate.threshold.numel() == 1 else 0.5
 
     def choose(self, x: Tensor, gates: Tensor | None = None) -> tuple[str, str]:
         """(executor that runs for ``x`` now, why).
@@ -213,36 +217,47 @@ class RoutedStack(nn.Module):
     # --- executors
 
     def _dense_mask(self, x: Tensor, gates: Tensor, given: bool, context: dict[str, Any]) -> Tensor:
+        per_token = self._per_token(x, gates)
+        for number in range(self.num_layers):
+            x = self._dense_layer(x, per_token, number, context)
+        return x
+
+    def _per_token(self, x: Tensor, gates: Tensor) -> Tensor:  # [U, L, S] → [B, T, L, S], or [B, 1, L, S] for samples
         batch, tokens, _ = x.shape
-        per_token = gates.unflatten(0, (batch, -1)).repeat_interleave(
-            tokens * batch // gates.shape[0], 1
-        )  # [B, T, L, S]
         if self.unit == "sample":
-            per_token = per_token[:, :1]
-        for number, row in enumerate(self._branches):
-            for branch_number, branch in enumerate(row):
-                g = per_token[:, :, number, min(branch_number, gates.shape[2] - 1)]
-                seen = (g > 0.5) if self.keys == "active" and self.unit != "sample" else None
-                x = x + g[..., None].to(x.dtype) * branch.dense(x, seen=seen, **context)
+            return gates[:, None]
+        return gates.unflatten(0, (batch, -1)).repeat_interleave(tokens * batch // gates.shape[0], 1)
+
+    def _dense_layer(self, x: Tensor, per_token: Tensor, number: int, context: dict[str, Any]) -> Tensor:
+        for branch_number, branch in enumerate(self._branches[number]):
+            g = per_token[:, :, number, min(branch_number, per_token.shape[3] - 1)]
+            seen = (g > 0.5) if self.keys == "active" and self.unit != "sample" else None
+            x = x + g[..., None].to(x.dtype) * branch.dense(x, seen=seen, **context)
         return x
 
     def _listed(self, x: Tensor, plan: RoutePlan, executor: str, context: dict[str, Any]) -> Tensor:
-        tokens = x.shape[1]
-        learning = torch.is_grad_enabled()
         flat = x.reshape(-1, x.shape[2])
-        if not learning:
+        if not torch.is_grad_enabled():
             flat = flat.clone()  # the branches then add in place
         rows = self._rows(x) if executor == "cpu" else None
-        for number, row in enumerate(self._branches):
-            for branch_number, branch in enumerate(row):
-                route = plan.of(number, branch_number)
-                if route.units == 0:
-                    continue
-                if rows is not None:
-                    branch.infer(flat, route, tokens, rows, keys=self.keys, **context)
-                else:
-                    flat = branch.routed(flat, route, tokens, keys=self.keys, in_place=not learning, **context)
+        for number in range(self.num_layers):
+            flat = self._listed_layer(flat, x.shape[1], plan, number, rows, context)
         return flat.view(x.shape)
+
+    def _listed_layer(
+        self, flat: Tensor, tokens: int, plan: RoutePlan, number: int, rows: RowPasses | None, context: dict[str, Any]
+    ) -> Tensor:
+        """One layer for rows [R, D]; in place where no gradient is recorded."""
+        learning = torch.is_grad_enabled()
+        for branch_number, branch in enumerate(self._branches[number]):
+            route = plan.of(number, branch_number)
+            if route.units == 0:
+                continue
+            if rows is not None:
+                branch.infer(flat, route, tokens, rows, keys=self.keys, **context)
+            else:
+                flat = branch.routed(flat, route, tokens, keys=self.keys, in_place=not learning, **context)
+        return flat
 
     @staticmethod
     def _rows(x: Tensor) -> RowPasses:
