@@ -52,7 +52,7 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:  # [n, K] → [n, F]
         if self._state != self._versions():
             self._prepare()
-        if self._packed is None or x.shape[0] == 0:
+        if self._packed is None or x.shape[0] == 0 or torch.jit.is_tracing():  # a trace cannot hold the opaque weight
             assert self._weight is not None
             return activate(functional.linear(x, self._weight, self._bias), self.act)
         name, variant = _FUSED.get(self.act, ("none", ""))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from xdfast.nn.branches import Branch
 from xdfast.nn.gates import GateFunction
+from xdfast.nn.routed_flops import RoutedFlops, count_routed, stack_costs
 from xdfast.nn.router import LayerRouter
 from xdfast.ops import _backends
 from xdfast.ops._checks import check_choice
@@ -143,6 +144,15 @@ class RoutedStack(nn.Module):
     def branches_of(self, layer: int) -> tuple[Branch, ...]:
         """The residual branches of a layer, in order."""
         return self._branches[layer]
+
+    def costs(self, tokens: int, branches: int | None = None) -> Tensor:
+        """FLOPs of each decision for one sample of T tokens [L, S] float64, for budgets and calibration; S = 1 joins a layer's
+        branches (default: as the router decides)."""
+        return stack_costs(self, tokens, branches)
+
+    def flops(self, tokens: int, decided: RoutePlan | Decision | None = None) -> RoutedFlops:
+        """FLOPs of a pass over samples of T tokens: dense, asked for, executed; default: of the last decision."""
+        return count_routed(self, tokens, decided)
 
     def route(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(gates [U, L, S], probabilities or None) for an input [B, T, D]; everything on without a router."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from xdfast.ops.routed.flops import RoutedAttentionMacs, routed_flops_from_fvcore
 from xdfast.reporting.adapt import (
     TensorsOut,
     check_size,
@@ -34,6 +35,7 @@ floor floor_divide gather ge gelu glu gt hardsigmoid hardswish hardtanh index in
 log log2 lt masked_fill max max_pool2d mean min mish mul ne neg norm one_hot pad pixel_shuffle pow prelu real reciprocal relu
 rms_norm roll rsqrt rsub scatter scatter_add sigmoid sign silu sin softmax log_softmax softplus sqrt square std sub sum tanh
 topk sort triu tril var where linalg_vector_norm adaptive_max_pool2d constant_pad_nd
+amax clone gather_norm index_fill ones_like repeat_interleave route_plan swiglu unflatten
 """
 _ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
 
@@ -132,8 +134,9 @@ def count_flops(
     name = str(getattr(model, "name", None) or type(net).__name__)
     with eval_mode(net), torch.no_grad():
         run_once(name, net, given, size, own)
-        operators, modules, missing = _fvcore(net, given)
-        torch_flops = _torch(net, given)
+        attention = RoutedAttentionMacs()
+        torch_flops = _torch(net, given, attention)
+        operators, modules, missing = _fvcore(net, given, attention)
     macs, products = sum(operators.values()), sum(operators.get(op, 0) for op in _PRODUCTS)
     params = list(net.parameters())
     return FlopCount(
@@ -153,7 +156,9 @@ def count_flops(
     )
 
 
-def _fvcore(net: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+def _fvcore(
+    net: nn.Module, inputs: tuple[Any, ...], attention: RoutedAttentionMacs
+) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     """(operator → MACs, module → MACs, operator without formula → calls)."""
     with warnings.catch_warnings():
         # Tracing warns of every Python branch on a shape, and torch of its own deprecated tracer.
@@ -164,7 +169,7 @@ def _fvcore(net: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, int], di
         analysis.unsupported_ops_warnings(False)
         analysis.uncalled_modules_warnings(False)
         analysis.tracer_warnings("none")
-        analysis.set_op_handle(**_handles())
+        analysis.set_op_handle(**_handles(), **routed_flops_from_fvcore(attention))
         operators = {_bare(op): int(n) for op, n in analysis.by_operator().items() if n}
         modules = {m.removeprefix("net.").removeprefix("net"): int(n) for m, n in analysis.by_module().items()}
         missing = Counter[str]()
@@ -177,14 +182,14 @@ def _bare(op: str) -> str:
     return op.rsplit("::", 1)[-1]
 
 
-def _torch(net: nn.Module, inputs: tuple[Any, ...]) -> int:
+def _torch(net: nn.Module, inputs: tuple[Any, ...], attention: RoutedAttentionMacs) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     # The fused inference path of nn.MultiheadAttention and nn.TransformerEncoder is one operator that torch does not count.
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False, custom_mapping=_missing_formulas()) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_missing_formulas()) as counter, attention:
             net(*inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
