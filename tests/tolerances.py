@@ -26,6 +26,11 @@ TOLERANCES: dict[tuple[str, torch.dtype | str], float] = {
     # terms of a sum are independent. Diagonal and statistics stay fp32. The promise is 2e-2.
     ("value", "bfloat16 products"): 2e-3,
     ("gradient", "bfloat16 products"): 1e-2,
+    # Routed branches: norm, two products, an activation, a sum; half inputs are rounded between them (2⁻⁸ and 2⁻¹¹ each).
+    ("routed", torch.float64): 1e-12,
+    ("routed", torch.float32): 2e-6,
+    ("routed", torch.bfloat16): 1e-2,
+    ("routed", torch.float16): 1.5e-3,
 }
 
 #: Views against Pillow's resize, in steps of 0..255. torch's and Pillow's 8-bit kernels round their weights to 15 and 22

@@ -133,7 +133,7 @@ def _joined(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     if all(linear.bias is None for linear in linears):
         return weight, None
     biases = [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias for x in linears]
-    return weight, torch.cat(biases)
+    return weight, torch.cat(biases)  # type: ignore[arg-type]
 
 
 def _sources(linears: Sequence[nn.Linear], scale: nn.Module | None) -> list[Tensor]:

@@ -47,7 +47,9 @@ class PackedLinear:
     ) -> None:
         self._parts, self._sources, self.act, self._rows = parts, sources, act, rows
         self._state: list[tuple[int, int]] = []
-        self._weight = self._bias = self._packed = None
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+        self._packed: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:  # [n, K] → [n, F]
         if self._state != self._versions():
@@ -69,5 +71,5 @@ class PackedLinear:
             self._weight, self._bias = weight.detach(), None if bias is None else bias.detach()
             self._packed = None
             if weight.dtype in (torch.float32, torch.bfloat16) and packing_available()[0]:
-                self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight.contiguous(), self._rows)
+                self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), self._rows)
         self._state = self._versions()

@@ -35,13 +35,13 @@ class Backend:
     Attributes:
         name: ``"reference"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
         available: maps a device type (``"cpu"``, ``"cuda"``, …) to (can it run there, the reason in words).
-        run: the implementation.
+        run: the implementation: a function, or an object with several.
         automatic: False for a backend that runs only when forced (with the reason in ``available``).
     """
 
     name: str
     available: Callable[[str], tuple[bool, str]]
-    run: Callable[..., Any]
+    run: Any
     automatic: bool = True
 
 

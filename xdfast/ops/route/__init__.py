@@ -194,14 +194,16 @@ def make_plan(
     plain = hard and force is None and not learning
     if out is None:
         lists = (layers, branches)
-        made = {
-            "gate": gates.new_empty((*lists, units), dtype=torch.float32),
-            "index": gates.new_empty((*lists, units), dtype=torch.int32),
-            "count": gates.new_empty(lists, dtype=torch.int32),
-            "offsets": gates.new_empty((*lists, samples + 1), dtype=torch.int32),
-            "invalid": gates.new_empty(lists, dtype=torch.int32),
-        }
-        out = RoutePlan(**made, rows_per_unit=rows_per_unit, samples=samples, plain=plain)
+        out = RoutePlan(
+            gate=gates.new_empty((*lists, units), dtype=torch.float32),
+            index=gates.new_empty((*lists, units), dtype=torch.int32),
+            count=gates.new_empty(lists, dtype=torch.int32),
+            offsets=gates.new_empty((*lists, samples + 1), dtype=torch.int32),
+            invalid=gates.new_empty(lists, dtype=torch.int32),
+            rows_per_unit=rows_per_unit,
+            samples=samples,
+            plain=plain,
+        )
     else:
         _check_same(out, (layers, branches, units), rows_per_unit, samples, gates.device)
         out = replace(out, plain=plain, host_counts=None)

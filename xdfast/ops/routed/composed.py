@@ -51,8 +51,7 @@ class ComposedRouted:
         """Gradients of (x, weight, bias, norm_weight, norm_bias); [0] where not wanted."""
         units = _units(count, units)
         n = units * rows_per_unit
-        none = dout.new_empty(0)
-        dweight = dbias = none
+        dweight, dbias = dout.new_empty(0), dout.new_empty(0)  # outputs of an op may not be one tensor
         dy = dout[:n]
         if weight is not None:
             if act != "none":
@@ -66,7 +65,7 @@ class ComposedRouted:
                 dbias = dy.sum(0)
             dy = dy @ weight if wanted[0] or wanted[3] or wanted[4] else dy
         if not (wanted[0] or wanted[3] or wanted[4]):
-            return none, dweight, dbias, none, none
+            return dout.new_empty(0), dweight, dbias, dout.new_empty(0), dout.new_empty(0)
         dx, dnorm_weight, dnorm_bias = self.rows.norm_backward(
             dy, x, norm_weight, statistics[:n], index, units, rows_per_unit, norm, (wanted[3], wanted[4])
         )
@@ -90,24 +89,23 @@ class ComposedRouted:
         """Gradients of (h, weight, bias, gate); [0] where not wanted. That of x is ``dout`` itself."""
         units = _units(count, units)
         n = units * rows_per_unit
-        none = dout.new_empty(0)
         taken = h[:n]
         d = self.rows.gather(dout, None, index, units, rows_per_unit).to(h.dtype)
         listed = index[:units].long()
         per_row = None if gate is None else gate[listed].to(h.dtype).repeat_interleave(rows_per_unit)[:, None]
-        dh, dweight, dbias, dgate = none, none, none, none
-        back = d if weight is None else d @ weight if wanted[0] or wanted[3] else none
+        dh, dweight, dbias, dgate = (dout.new_empty(0) for _ in range(4))  # outputs of an op may not be one tensor
+        back = d @ weight if weight is not None and (wanted[0] or wanted[3]) else d
         if wanted[3]:
             dots = self.rows.row_dots(taken, back)
             if bias is not None:
-                dots = dots + (d @ bias.to(d.dtype)).to(dots.dtype)
+                dots = dots + d.to(dots.dtype) @ bias.to(dots.dtype)
             assert gate is not None
             dgate = torch.zeros_like(gate, dtype=dots.dtype)
             dgate.index_copy_(0, listed, dots.unflatten(0, (units, rows_per_unit)).sum(-1))
         if wanted[1] or wanted[2]:
             gated = d if per_row is None else d * per_row
-            dweight = gated.T @ taken if wanted[1] else none
-            dbias = gated.sum(0) if wanted[2] else none
+            dweight = gated.T @ taken if wanted[1] else dweight
+            dbias = gated.sum(0) if wanted[2] else dbias
         if wanted[0]:
             dh = _padded(back if per_row is None else back * per_row, h.shape[0])
         return dh, dweight, dbias, dgate

@@ -124,21 +124,22 @@ class TorchRows:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         rows = rows_of(index, units, rows_per_unit)
         dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
-        empty = x.new_empty(0, dtype=_wide(x))
+        dtype = _wide(x)
+        weight_sum, bias_sum = x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
         if norm == "none":
             dx.index_copy_(0, rows, dy.to(x.dtype))
-            return dx, empty, empty
-        dtype = _wide(x)
+            return dx, weight_sum, bias_sum
         mean, inverse = statistics.to(dtype).unbind(-1)
         normal = (x.index_select(0, rows).to(dtype) - mean[:, None]) * inverse[:, None]
         g = dy.to(dtype)
-        sums = (g * normal).sum(0) if wanted[0] else empty, g.sum(0) if wanted[1] else empty
+        weight_sum = (g * normal).sum(0) if wanted[0] else weight_sum
+        bias_sum = g.sum(0) if wanted[1] else bias_sum
         g = g if weight is None else g * weight.to(dtype)
         inner = g - normal * (g * normal).mean(-1, keepdim=True)
         if norm == "layer":
             inner = inner - g.mean(-1, keepdim=True)
         dx.index_copy_(0, rows, (inner * inverse[:, None]).to(x.dtype))
-        return dx, *sums
+        return dx, weight_sum, bias_sum
 
     @staticmethod
     def gather(x: Tensor, gate: Tensor | None, index: Tensor, units: int, rows_per_unit: int) -> Tensor:
