@@ -196,7 +196,7 @@ def weight_gradient_kernel(
             mean = tl.load(statistics_ptr + compact * 2, mask=inside_m, other=0.0)
             rstd = tl.load(statistics_ptr + compact * 2 + 1, mask=inside_m, other=0.0)
             b = load_normalized(
-                b_ptr, b_at, scale_ptr, shift_ptr, mean, rstd, j, mask_b, inside_j, 1, RMS, SCALE, SHIFT
+                b_ptr, b_at, scale_ptr, shift_ptr, mean, rstd, j, mask_b, inside_j, RMS, SCALE, SHIFT
             )  # fmt: skip
         else:
             b = tl.load(b_ptr + b_at, mask=mask_b, other=0.0)
@@ -250,7 +250,7 @@ def column_sums_kernel(
             mean = tl.load(statistics_ptr + compact * 2, mask=inside_m, other=0.0)
             rstd = tl.load(statistics_ptr + compact * 2 + 1, mask=inside_m, other=0.0)
             dots += a * load_normalized(
-                x_ptr, (row * x_row)[:, None] + n[None, :], x_ptr, x_ptr, mean, rstd, n, mask, inside_n, 1, RMS, False,
+                x_ptr, (row * x_row)[:, None] + n[None, :], x_ptr, x_ptr, mean, rstd, n, mask, inside_n, RMS, False,
                 False,
             )  # fmt: skip
     split = tl.program_id(1).to(tl.int64)

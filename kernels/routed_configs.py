@@ -82,14 +82,16 @@ _TF32 = {
     "input_gradient": (_tile(64, 128, 32, 8, 3, 2), *_FEW_TF32),
     "weight_gradient": (_tile(64, 64, 32, 4, 3, 1),),
 }
+# fp32, plain multiply-add: each the nearest that spills nothing on all three architectures.
 _FEW_FP32 = (_tile(64, 64, 16, 8, 3, 2), _tile(32, 64, 16, 4, 3, 3), _tile(16, 64, 16, 4, 3, 4))
+_32_ROWS, _16_ROWS = _tile(32, 64, 16, 4, 2, 3), _tile(16, 64, 32, 4, 2, 4)
 _FP32 = {
     "norm_linear": _FEW_FP32,
-    "norm_linear_load": _FEW_FP32,
-    "norm_linear_pair": _FEW_FP32[1:],
-    "norm_linear_pair_load": _FEW_FP32[1:],
-    "linear_residual": _FEW_FP32,
-    "input_gradient": _FEW_FP32,
+    "norm_linear_load": (*_FEW_FP32[:2], _16_ROWS),
+    "norm_linear_pair": (_tile(32, 64, 16, 8, 3, 2), _tile(16, 64, 16, 8, 3, 3)),
+    "norm_linear_pair_load": (_tile(32, 64, 16, 8, 3, 2), _16_ROWS),
+    "linear_residual": (_FEW_FP32[0], _32_ROWS, _FEW_FP32[2]),
+    "input_gradient": (_FEW_FP32[0], _32_ROWS, _FEW_FP32[2]),
     "weight_gradient": (_tile(64, 64, 16, 8, 3, 1),),
 }
 

@@ -137,7 +137,7 @@ def norm_linear_kernel(
                 mask_w = inside_n[None, :] & inside_k[:, None]
             if NORM == "load":
                 x = load_normalized(
-                    x_ptr, x_at + first, scale_ptr, shift_ptr, mean, rstd, k, mask_x, inside_k, 1, RMS, SCALE, SHIFT
+                    x_ptr, x_at + first, scale_ptr, shift_ptr, mean, rstd, k, mask_x, inside_k, RMS, SCALE, SHIFT
                 )  # fmt: skip
             else:
                 x = tl.load(x_ptr + (x_at + first), mask=mask_x, other=0.0)

@@ -88,7 +88,7 @@ def norm_rows_kernel(
                 mask = inside[:, None] & (n < columns)[None, :]
                 if NORM:
                     y = load_normalized(
-                        x_ptr, x_at + n[None, :], scale_ptr, shift_ptr, mean, rstd, n, mask, n < columns, 1, RMS,
+                        x_ptr, x_at + n[None, :], scale_ptr, shift_ptr, mean, rstd, n, mask, n < columns, RMS,
                         SCALE, SHIFT,
                     )  # fmt: skip
                 else:
@@ -205,7 +205,7 @@ def norm_backward_kernel(
                 if SCALE:
                     w *= tl.load(scale_ptr + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
                 x = load_normalized(
-                    x_ptr, x_at + n[None, :], scale_ptr, scale_ptr, mean, rstd, n, mask, n < columns, 1, RMS, False,
+                    x_ptr, x_at + n[None, :], scale_ptr, scale_ptr, mean, rstd, n, mask, n < columns, RMS, False,
                     False,
                 )  # fmt: skip
                 dots += w * x
@@ -221,7 +221,7 @@ def norm_backward_kernel(
                 if SCALE:
                     w *= tl.load(scale_ptr + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
                 x = load_normalized(
-                    x_ptr, x_at + n[None, :], scale_ptr, scale_ptr, mean, rstd, n, mask, n < columns, 1, RMS, False,
+                    x_ptr, x_at + n[None, :], scale_ptr, scale_ptr, mean, rstd, n, mask, n < columns, RMS, False,
                     False,
                 )  # fmt: skip
                 w = rstd[:, None] * (w - level[:, None] - x * along[:, None])

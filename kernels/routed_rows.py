@@ -37,20 +37,20 @@ def grouped(
 @triton.jit
 def load_normalized(
     x_ptr, at, scale_ptr, shift_ptr, mean, rstd, channel, inside, inside_channel,
-    AXIS: tl.constexpr, RMS: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
+    RMS: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """norm(x) in fp32; channels run along AXIS, ``mean`` and ``rstd`` along the other. Zero where not inside, but for
-    the shift: whoever multiplies has zeros in the other factor there, or never uses the row."""
+    """norm(x) [rows, channels] in fp32. Zero where not inside, but for the shift: whoever multiplies has zeros in the
+    other factor there, or never uses the row."""
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if not RMS:
-        x -= tl.expand_dims(mean, AXIS)
-    x *= tl.expand_dims(rstd, AXIS)
+        x -= mean[:, None]
+    x *= rstd[:, None]
     if SCALE:
         scale = tl.load(scale_ptr + channel, mask=inside_channel, other=0.0).to(tl.float32)
-        x *= tl.expand_dims(scale, 1 - AXIS)
+        x *= scale[None, :]
     if SHIFT:
         shift = tl.load(shift_ptr + channel, mask=inside_channel, other=0.0).to(tl.float32)
-        x += tl.expand_dims(shift, 1 - AXIS)
+        x += shift[None, :]
     return x
 
 

@@ -196,6 +196,11 @@ def test_build_with_the_extension(source, tmp_path):
 
     info = json.loads((target / "xdfast/_build_info.json").read_text())
     assert info["built"] is True and info["torch"] == torch.__version__ and "-march=native" not in info["flags"]
+    cuda = info["cuda_kernels"]
+    assert cuda.startswith("built for sm_80") or cuda.removeprefix("not built: "), cuda
+    code = "import torch, xdfast._C; print(torch._C._dispatch_has_kernel_for_dispatch_key('xdfast_c::route_plan_', 'CUDA'))"
+    result = built(run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(target)))
+    assert result.stdout.split() == [str(cuda.startswith("built for"))]
 
 
 @pytest.mark.slow
