@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from xdfast.nn.aad import AAD
 from xdfast.nn.calibrate import Calibration, calibrate_flops, select_per_sample
+from xdfast.nn.convert import Routed, route
+from xdfast.nn.convert_timm import whole_block
 from xdfast.nn.gates import GateFunction, GateSchedule
 from xdfast.nn.latency_budget import LatencyCalibration, calibrate_latency
 from xdfast.nn.router import LayerRouter
+from xdfast.nn.steps import fixed_gates, routed_stacks
 
 __all__ = [
     "AAD",
@@ -15,7 +18,12 @@ __all__ = [
     "GateSchedule",
     "LatencyCalibration",
     "LayerRouter",
+    "Routed",
     "calibrate_flops",
     "calibrate_latency",
+    "fixed_gates",
+    "route",
+    "routed_stacks",
     "select_per_sample",
+    "whole_block",
 ]
