@@ -145,6 +145,8 @@ def lookup(kernel: str, arch: int, product: str, rows: int, columns: int, depth:
 
 def ragged_tile(kernel: str, product: str) -> RoutedTile:
     """The tile of a product whose sizes or row strides are not all divisible by 16."""
+    if (kernel, product) == ("norm_linear_pair_load", "tf32"):
+        return _tile(32, 32, 32, 4, 1, 4)
     return _RAGGED[product]
 
 

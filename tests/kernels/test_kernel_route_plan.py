@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -98,13 +101,35 @@ def test_a_gate_at_the_threshold_is_inactive(interpreter):
     assert got.outputs[0][7][0, 0, 0] == 2 and got.outputs[0][8] == 1
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(16, 24, 2), (16 * 197, 12, 1), (5, 1, 1)])
-def test_equals_the_definition_on_the_gpu(shape):
+def _by_triton(*args) -> None:
     from xdfast.kernels.route_plan import route_plan
 
+    route_plan(*args)
+
+
+def _by_extension(*args) -> None:
+    torch.ops.xdfast_c.route_plan_(*args)
+
+
+def _no_cuda_extension() -> bool:
+    if importlib.util.find_spec("xdfast._C") is None:
+        return True
+    importlib.import_module("xdfast._C")
+    return not torch._C._dispatch_has_kernel_for_dispatch_key("xdfast_c::route_plan_", "CUDA")
+
+
+without = pytest.mark.skipif(_no_cuda_extension(), reason="the extension was built without CUDA kernels")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by", [_by_triton, pytest.param(_by_extension, marks=without)])
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize("shape", [(16, 24, 2), (16 * 197, 12, 1), (5, 1, 1), (256, 3, 1), (257, 2, 2)])
+def test_equals_the_definition_on_the_gpu(shape, hard, by):
     gates = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    out = buffers(*shape, samples=1, device="cuda")
+    gates.flatten()[3] = float("nan")
     force = torch.rand(shape) < 0.1
-    route_plan(gates.cuda(), force.cuda(), 0.5, False, 4, 1, *out)
-    check([x.cpu() for x in out], gates, force, 0.5, False, 4, 1)
+    for forced in (force, None):
+        out = buffers(*shape, samples=shape[0], device="cuda")
+        by(gates.cuda(), None if forced is None else forced.cuda(), 0.5, hard, 4, shape[0], *out)
+        check([x.cpu() for x in out], gates, forced, 0.5, hard, 4, shape[0])
