@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xdfast.nn.packed import PackedLinear
+from xdfast.nn.packed import Folded, PackedLinear
 from xdfast.ops.route import RouteList
 from xdfast.ops.routed import (
     routed_attention,
@@ -27,6 +27,7 @@ from xdfast.ops.routed import (
 )
 from xdfast.ops.routed.reference import activate, norm_reference
 from xdfast.ops.routed.rows import RowPasses
+from xdfast.ops.routed.triton import carried_ln_linear, carried_residual_, carried_statistics, fold_norm
 
 __all__ = ["AttentionBranch", "Branch", "MLPBranch", "ModuleBranch", "Norm"]
 
@@ -46,6 +47,9 @@ class Branch(Protocol):
         self, x: Tensor, route: RouteList, tokens: int, rows: RowPasses, *, keys: str = "active", **context: Any
     ) -> None:
         """The same in place, on the CPU, without gradients."""
+
+    def carried(self, x: Tensor, statistics: Tensor, route: RouteList, tokens: int, *, keys: str = "active") -> None:
+        """The same in place, by Triton, with the statistics of x's rows carried along (:mod:`xdfast.ops.routed.triton`)."""
 
     def macs(self, rows: int, tokens: int) -> int:
         """Multiply-accumulates of the products for ``rows`` rows of samples with ``tokens`` tokens."""
@@ -146,6 +150,7 @@ class _Packs:
 
     def __init__(self) -> None:
         self._made: dict[str, PackedLinear] = {}
+        self._folded: dict[str, Folded] = {}
 
     def get(
         self, name: str, linears: Sequence[nn.Linear], scale: nn.Module | None, act: str, rows: int
@@ -157,6 +162,24 @@ class _Packs:
 
             self._made[name] = PackedLinear(parts, lambda: _sources(linears, scale), act, rows)
         return self._made[name]
+
+    def inner(self, linears: Sequence[nn.Linear], norm: Norm) -> Any:
+        """The joined linear maps with the norm's weights folded in; see :func:`xdfast.ops.routed.triton.fold_norm`."""
+        if "inner" not in self._folded:
+
+            def sources() -> list[Tensor]:
+                return _sources(linears, None) + [t for t in (norm.weight, norm.bias) if t is not None]
+
+            self._folded["inner"] = Folded(lambda: fold_norm(*_joined(linears), norm.weight, norm.bias), sources)
+        return self._folded["inner"]()
+
+    def outer(self, linear: nn.Linear, scale: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+        """The last linear map with LayerScale multiplied in."""
+        if scale is None:
+            return linear.weight, linear.bias
+        if "outer" not in self._folded:
+            self._folded["outer"] = Folded(lambda: _scaled(linear, scale), lambda: _sources([linear], scale))
+        return self._folded["outer"]()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Packs:
         return _Packs()
@@ -214,6 +237,11 @@ class MLPBranch:
         outer = self._packs.get("outer", [self.outer], self.scale, "none", x.shape[0])
         h = inner(self.norm.gather(rows, x, route).to(self.outer.weight.dtype))
         routed_residual_(x, outer(rows.swiglu(h) if swiglu else h), route)
+
+    def carried(self, x: Tensor, statistics: Tensor, route: RouteList, tokens: int, *, keys: str = "active") -> None:
+        folded = self._packs.inner(self.inner, self.norm)
+        h = carried_ln_linear(x, statistics, folded, route, self.norm.kind, self.norm.eps, self.act)
+        carried_residual_(x, statistics, h, *self._packs.outer(self.outer, self.scale), route)
 
     def macs(self, rows: int, tokens: int) -> int:
         return rows * sum(x.in_features * x.out_features for x in (*self.inner, self.outer))
@@ -305,6 +333,18 @@ class AttentionBranch:
         proj = self._packs.get("proj", [self.proj], self.scale, "none", x.shape[0])
         routed_residual_(x, proj(self._flat(o)), route)
 
+    def carried(self, x: Tensor, statistics: Tensor, route: RouteList, tokens: int, *, keys: str = "active") -> None:
+        if keys == "all" and route.rows_per_unit < tokens:
+            q, k, v, offsets_k = self._all_keys(x, route, tokens)
+        else:
+            folded = self._packs.inner(self.qkv, self.norm)
+            q, k, v = self._heads(
+                carried_ln_linear(x, statistics, folded, route, self.norm.kind, self.norm.eps, "none")
+            )
+            offsets_k = None
+        o = routed_attention(q, k, v, route.offsets, offsets_k, scale=self.softmax_scale, causal=self.causal)
+        carried_residual_(x, statistics, self._flat(o), *self._packs.outer(self.proj, self.scale), route)
+
     def macs(self, rows: int, tokens: int) -> int:
         linear = sum(x.in_features * x.out_features for x in (*self.qkv, self.proj))
         return rows * (linear + 2 * tokens * self.heads * self.width)
@@ -372,6 +412,10 @@ class ModuleBranch:
     ) -> None:
         y = self.norm.gather(rows, x, route)
         routed_residual_(x, self._call(y, route, tokens, context), route)
+
+    def carried(self, x: Tensor, statistics: Tensor, route: RouteList, tokens: int, *, keys: str = "active") -> None:
+        self.routed(x, route, tokens, in_place=True)
+        statistics.copy_(carried_statistics(x))
 
     def macs(self, rows: int, tokens: int) -> int:
         return 0 if self._macs is None else rows * self._macs(tokens)

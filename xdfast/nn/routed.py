@@ -19,6 +19,7 @@ from xdfast.ops._checks import check_choice
 from xdfast.ops._extension import cpp_available
 from xdfast.ops.route import RoutePlan, make_plan
 from xdfast.ops.routed.rows import CppRows, RowPasses, TorchRows
+from xdfast.ops.routed.triton import carried_statistics
 
 __all__ = ["EXECUTORS", "UNITS", "Decision", "RoutedStack"]
 
@@ -250,6 +251,8 @@ class RoutedStack(nn.Module):
         if not torch.is_grad_enabled():
             flat = flat.clone()  # the branches then add in place
         rows = self._rows(x) if executor == "cpu" else None
+        if executor == "list" and not torch.is_grad_enabled():
+            return self.carry(flat, plan, x.shape[1], context).view(x.shape)
         for number in range(self.num_layers):
             flat = self._listed_layer(flat, x.shape[1], plan, number, rows, context)
         return flat.view(x.shape)
@@ -268,6 +271,18 @@ class RoutedStack(nn.Module):
             else:
                 flat = branch.routed(flat, route, tokens, keys=self.keys, in_place=not learning, **context)
         return flat
+
+    def carry(self, x: Tensor, plan: RoutePlan, tokens: int, context: dict[str, Any]) -> Tensor:
+        """The executor ``list`` without gradients, in place on x [R, D]: no value of the plan is known to the host."""
+        if context:
+            raise RuntimeError(
+                f"executor='list' passes nothing on to the layers, got {', '.join(context)}; use 'planned'"
+            )
+        statistics = carried_statistics(x)
+        for number, row in enumerate(self._branches):
+            for branch_number, branch in enumerate(row):
+                branch.carried(x, statistics, plan.of(number, branch_number), tokens, keys=self.keys)
+        return x
 
     @staticmethod
     def _rows(x: Tensor) -> RowPasses:

@@ -12,26 +12,46 @@ from xdfast.ops._define import define_op
 from xdfast.ops._extension import cpp_available
 from xdfast.ops.routed.composed import ComposedRouted
 from xdfast.ops.routed.rows import CppRows, TorchRows
+from xdfast.ops.routed.triton import TritonRouted, triton_available
 
 __all__ = ["implementation", "linear_residual_op", "linear_residual_op_", "ln_linear_op"]
 
-_NAME = "routed_linear"
+_KNOWN, _UNKNOWN = "routed_linear", "routed_linear_list"
 _TORCH = ComposedRouted(TorchRows())
+_CPP = Backend("cpp", cpp_available, ComposedRouted(CppRows()))
 
+
+def _torch(device: str) -> tuple[bool, str]:
+    return True, "plain PyTorch: index_select, products, index_add; any device"
+
+
+# The host knows how many units are active (the CPU, executor "planned"): library products of that size.
 register_table(
-    _NAME,
+    _KNOWN,
     [
-        Backend("cpp", cpp_available, ComposedRouted(CppRows())),
-        Backend("torch", lambda device: (True, "plain PyTorch: index_select, products, index_add; any device"), _TORCH),
-        Backend("reference", lambda device: (True, "the same as torch's"), _TORCH, automatic=False),
+        _CPP,
+        Backend("torch", _torch, _TORCH),
+        Backend("triton", triton_available, TritonRouted(), automatic=False),
+        Backend("reference", _torch, _TORCH, automatic=False),
+    ],
+)
+# It does not (executor "list"): the count stays on the device; plain PyTorch has to wait for it.
+register_table(
+    _UNKNOWN,
+    [
+        Backend("triton", triton_available, TritonRouted()),
+        _CPP,
+        Backend("torch", lambda device: (True, "plain PyTorch; waits for the device in every call"), _TORCH),
+        Backend("reference", _torch, _TORCH, automatic=False),
     ],
 )
 
 
-def implementation(x: Tensor) -> Any:
-    """What runs for ``x``; float64 stays with plain PyTorch."""
-    chosen = select(_NAME, x.device.type).run
-    return _TORCH if x.dtype == torch.float64 else chosen
+def implementation(x: Tensor, units: int = 0) -> Any:
+    """What runs for ``x`` and ``units`` active ones (negative: not known); float64 stays with plain PyTorch."""
+    if x.dtype == torch.float64:
+        return _TORCH
+    return select(_KNOWN if units >= 0 else _UNKNOWN, x.device.type).run
 
 
 def _routed_ln_linear(
@@ -49,7 +69,7 @@ def _routed_ln_linear(
     act: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return implementation(x).ln_linear(
+    return implementation(x, units).ln_linear(
         x, weight, bias, norm_weight, norm_bias, index, count, units, rows_per_unit, norm, eps, act, save
     )
 
@@ -108,7 +128,7 @@ def _routed_ln_linear_backward(
     act: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return implementation(x).ln_linear_backward(
+    return implementation(x, units).ln_linear_backward(
         dout,
         x,
         pre,
@@ -153,7 +173,7 @@ def _routed_linear_residual(
     rows_per_unit: int,
 ) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
-    implementation(x).linear_residual_(out, h, weight, bias, gate, index, count, units, rows_per_unit)
+    implementation(x, units).linear_residual_(out, h, weight, bias, gate, index, count, units, rows_per_unit)
     return out
 
 
@@ -191,7 +211,7 @@ def _routed_linear_residual_backward(
     rows_per_unit: int,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return implementation(dout).linear_residual_backward(
+    return implementation(dout, units).linear_residual_backward(
         dout, h, weight, bias, gate, index, count, units, rows_per_unit, wanted
     )
 
@@ -245,7 +265,7 @@ def linear_residual_op_(
     rows_per_unit: int,
 ) -> None:
     """The in-place twin, without autograd."""
-    implementation(x).linear_residual_(x, h, weight, bias, gate, index, count, units, rows_per_unit)
+    implementation(x, units).linear_residual_(x, h, weight, bias, gate, index, count, units, rows_per_unit)
 
 
 @linear_residual_op_.register_fake
