@@ -33,5 +33,8 @@ pytest bench/bench_cache.py -m gpu -k cuda --benchmark-only --benchmark-json="$r
 benchmarks="$((benchmarks + $?))"
 pytest bench/bench_policy.py -m gpu -k cuda --benchmark-only --benchmark-json="$results/policy.json" -q
 benchmarks="$((benchmarks + $?))"
+# Written after every case: what was measured stays if the run is cut off.
+"$PYTHON" -P -c 'import sys; from xdfast.cli import main; sys.exit(main())' bench routed --device cuda --out "$results/routed.json"
+benchmarks="$((benchmarks + $?))"
 echo "tests: $tests, benchmarks: $benchmarks; figures in $results"
 [[ "$tests" = 0 && "$benchmarks" = 0 ]]

@@ -24,7 +24,7 @@ _VERBS = {
     "demos": "robot demonstrations: tasks, info, check, convert, show, collect",
     "demo": "scratch, KD and RSD side by side on real images, with a report",
     "demo-robot": "distilled and from-scratch encoders in a diffusion policy, in closed loop, with a report",
-    "bench": "time the losses against their rivals on this machine",
+    "bench": "time the losses (rsd) or routed layers (routed) against their rivals on this machine",
     "recipes": "list the settings that ship with xdfast",
     "doctor": "versions, devices, backends that would run and why",
 }
@@ -238,8 +238,8 @@ class _BenchOptions:
     is the kernel alone over its two matrix products alone (below 1: symmetry saves a part of them).
     """
 
-    what: Literal["rsd"]
-    """Which benchmark."""
+    what: Literal["rsd", "routed"]
+    """Which benchmark; `xdfast bench routed --help` lists the options of the other one."""
     shapes: tuple[str, ...] = ()
     """N and D as 128x768; default: all of the committed table up to 1024x768."""
     both: bool = False
@@ -260,11 +260,17 @@ def _bench(args: list[str]) -> None:
     import tyro
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures memory talks on stderr
+    if args[:1] == ["routed"]:
+        from xdfast.bench.routed_run import main as routed
+
+        routed(args[1:])
+        return
     options = tyro.cli(_BenchOptions, args=args, prog="xdfast bench", config=(tyro.conf.PositionalRequiredArgs,))
     from xdfast.bench.run import run
 
     values = vars(options)
-    values.pop("what")
+    if values.pop("what") == "routed":
+        raise ValueError("routed comes first, its options behind it: xdfast bench routed …")
     run(**values)
 
 
