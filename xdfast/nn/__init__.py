@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from xdfast.nn.aad import AAD
 from xdfast.nn.calibrate import Calibration, calibrate_flops, select_per_sample
+from xdfast.nn.calibrated_model import calibrate_model
 from xdfast.nn.convert import Routed, route
 from xdfast.nn.convert_timm import whole_block
 from xdfast.nn.gates import GateFunction, GateSchedule
@@ -21,6 +22,7 @@ __all__ = [
     "Routed",
     "calibrate_flops",
     "calibrate_latency",
+    "calibrate_model",
     "fixed_gates",
     "route",
     "routed_stacks",
