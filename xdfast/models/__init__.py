@@ -6,6 +6,7 @@ from xdfast.models.checkpoint import CheckpointError, atomic_write, load_resume,
 from xdfast.models.create import create_model
 from xdfast.models.encoder import load_encoder
 from xdfast.models.features import FeatureModel, ModelOutput
+from xdfast.models.routed import budget_loss, load_routed, save_routed
 from xdfast.models.students import save_student, weights_hash
 from xdfast.models.taps import pool_tap, tap_widths
 
@@ -14,11 +15,14 @@ __all__ = [
     "FeatureModel",
     "ModelOutput",
     "atomic_write",
+    "budget_loss",
     "create_model",
     "load_encoder",
     "load_resume",
+    "load_routed",
     "pool_tap",
     "save_resume",
+    "save_routed",
     "save_student",
     "tap_widths",
     "weights_hash",

@@ -311,7 +311,10 @@ def _check_blocks(layers: list[nn.Module], described: list[Described], tokens: i
                     f"would ({error}); give describe= (and router={{'dim': …}}), or check=False if it is right nevertheless"
                 ) from error
         if not isinstance(before, Tensor) or before.shape != y.shape or _differ(before, y):
-            raise ValueError(_unlike(number, layer))
+            raise ValueError(
+                f"layer {number}, {type(layer).__name__}, computes something else than x + attention(norm(x)), then "
+                "x + mlp(norm(x)) of its parts; give describe=, for instance describe=xdfast.nn.whole_block"
+            )
 
 
 def _check_decoder(owner: Any, name: str, stack: RoutedDecoder) -> None:
@@ -342,11 +345,7 @@ def _check_decoder(owner: Any, name: str, stack: RoutedDecoder) -> None:
             stack.decision = None
     stack.train(owner.training)
     if _differ(before, after):
-        raise ValueError(_unlike(0, layers[0]))
-
-
-def _unlike(number: int, layer: nn.Module) -> str:
-    return (
-        f"layer {number}, {type(layer).__name__}, computes something else than x + attention(norm(x)), then x + mlp(norm(x)) of "
-        "its parts; give describe=, for instance describe=xdfast.nn.whole_block"
-    )
+        raise ValueError(
+            f"{type(layers[0]).__name__} computes something else than x + attention(norm(x)), then x + mlp(norm(x)) of its parts "
+            "(some scale their branches): such decoders cannot be routed"
+        )

@@ -23,7 +23,10 @@ __all__ = ["CacheRoute", "RoutedDecoder", "decoder_branches", "first_of_each_kin
 
 #: Arguments of a decoder layer with one row per sequence (or one for all), and those that pass as they are.
 _PER_SEQUENCE = ("attention_mask", "position_ids", "position_embeddings")
-_AS_THEY_ARE = ("past_key_values", "past_key_value", "use_cache", "cache_position", "output_attentions")
+_AS_THEY_ARE = (
+    "past_key_values", "past_key_value", "use_cache", "cache_position", "output_attentions", "output_hidden_states",
+    "return_dict", "num_items_in_batch",
+)  # fmt: skip
 
 
 def decoder_branches(layer: nn.Module) -> Described | None:
