@@ -316,7 +316,7 @@ class AttentionBranch:
         else:
             q, k, v = self._heads(routed_ln_linear(x, *_joined(self.qkv), route, **self.norm.options()))
             offsets_k = None
-        o = routed_attention(q, k, v, route.offsets, offsets_k, scale=self.softmax_scale, causal=self.causal)
+        o = self._attend(q, k, v, route, offsets_k, tokens)
         add = routed_linear_residual_ if in_place else routed_linear_residual
         return add(x, self._flat(o), *_scaled(self.proj, self.scale), route)
 
@@ -329,7 +329,7 @@ class AttentionBranch:
             pack = self._packs.get("qkv", self.qkv, None, "none", x.shape[0])
             q, k, v = self._heads(pack(self.norm.gather(rows, x, route).to(self.proj.weight.dtype)))
             offsets_k = None
-        o = routed_attention(q, k, v, route.offsets, offsets_k, scale=self.softmax_scale, causal=self.causal)
+        o = self._attend(q, k, v, route, offsets_k, tokens)
         proj = self._packs.get("proj", [self.proj], self.scale, "none", x.shape[0])
         routed_residual_(x, proj(self._flat(o)), route)
 
@@ -342,12 +342,20 @@ class AttentionBranch:
                 carried_ln_linear(x, statistics, folded, route, self.norm.kind, self.norm.eps, "none")
             )
             offsets_k = None
-        o = routed_attention(q, k, v, route.offsets, offsets_k, scale=self.softmax_scale, causal=self.causal)
+        o = self._attend(q, k, v, route, offsets_k, tokens)
         carried_residual_(x, statistics, self._flat(o), *self._packs.outer(self.proj, self.scale), route)
 
     def macs(self, rows: int, tokens: int) -> int:
         linear = sum(x.in_features * x.out_features for x in (*self.qkv, self.proj))
         return rows * (linear + 2 * tokens * self.heads * self.width)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, route: RouteList, offsets_k: Tensor | None, tokens: int
+    ) -> Tensor:
+        return routed_attention(
+            q, k, v, route.offsets, offsets_k, scale=self.softmax_scale, causal=self.causal, longest=tokens,
+            uniform=route.rows_per_unit == tokens,
+        )  # fmt: skip
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [..., (H + 2 H') d] → [..., H, d] and twice H'
         q, k, v = qkv.unflatten(-1, (self.heads + 2 * self.kv_heads, self.width)).split(

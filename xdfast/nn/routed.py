@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from xdfast.nn.branches import Branch
 from xdfast.nn.gates import GateFunction
+from xdfast.nn.path_graphs import PathGraphs
 from xdfast.nn.routed_flops import RoutedFlops, count_routed, stack_costs
 from xdfast.nn.router import LayerRouter
 from xdfast.ops import _backends
@@ -25,7 +26,7 @@ __all__ = ["EXECUTORS", "UNITS", "Decision", "RoutedStack"]
 
 log = logging.getLogger("xdfast")
 
-EXECUTORS = ("auto", "dense_mask", "cpu", "planned", "list")
+EXECUTORS = ("auto", "dense_mask", "cpu", "planned", "list", "graph")
 UNITS = ("sample", "block", "token")
 
 
@@ -60,6 +61,8 @@ class RoutedStack(nn.Module):
     ``planned``      row counts are read once (on a GPU: one wait), then library products of exactly that size: wide
                      layers, large batches; and ``sparse_train`` on any device.
     ``list``         counts stay on the GPU: no wait, can be captured in a CUDA graph; small and middle sizes.
+    ``graph``        one sample on a GPU: the decision is read once, then the active layers' CUDA graphs are replayed; a
+                     skipped layer costs nothing.
     ``auto``         ``dense_mask`` (or ``planned`` with ``sparse_train``) where a gradient is recorded; else ``cpu`` or
                      ``planned`` by the device.
     ===============  ====================================================================================================
@@ -125,6 +128,7 @@ class RoutedStack(nn.Module):
         if router is not None:
             self._check_router(router)
         self.decision: Decision | None = None
+        self._graphs: PathGraphs | None = None  # made on first use, not copied
 
     def _layer(self, number: int) -> int:
         if not -self.num_layers <= number < self.num_layers:
@@ -221,8 +225,11 @@ class RoutedStack(nn.Module):
             raise RuntimeError(f"executor='cpu' takes tensors on the CPU, x is on {device}; use 'planned' or 'list'")
         if self.executor == "cpu" and learning:
             raise RuntimeError("executor='cpu' has no gradient; use torch.no_grad(), 'dense_mask', or sparse_train")
-        if self.executor == "list" and device == "cpu":
-            raise RuntimeError("executor='list' keeps counts on a GPU; on the CPU use 'cpu' or 'planned'")
+        if self.executor in ("list", "graph") and device != "cuda":
+            what = "keeps counts on a GPU" if self.executor == "list" else "replays CUDA graphs"
+            raise RuntimeError(f"executor={self.executor!r} {what}; on {device} use 'cpu' or 'planned'")
+        if self.executor == "graph" and learning:
+            raise RuntimeError("executor='graph' has no gradient; use torch.no_grad(), 'dense_mask', or sparse_train")
         return self.executor, "asked for"
 
     # --- executors
@@ -247,6 +254,9 @@ class RoutedStack(nn.Module):
         return x
 
     def _listed(self, x: Tensor, plan: RoutePlan, executor: str, context: dict[str, Any]) -> Tensor:
+        if executor == "graph":
+            self._graphs = self._graphs or PathGraphs(self)
+            return self._graphs(x, plan)
         flat = x.reshape(-1, x.shape[2])
         if not torch.is_grad_enabled():
             flat = flat.clone()  # the branches then add in place

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from xdfast.ops._checks import check_choice
 from xdfast.ops.route import RouteList
@@ -181,20 +182,24 @@ def routed_attention(
     *,
     scale: float | None = None,
     causal: bool = False,
+    longest: int | None = None,
+    uniform: bool = False,
 ) -> Tensor:
     r"""Softmax attention inside each sample's rows, which lie one after another; samples without rows cost nothing.
 
     .. math:: o_i = \sum_j \mathrm{softmax}_j(s \, q_i^\top k_j) \, v_j, \qquad i, j \in \text{the same sample}
 
     Rows of sample b are ``offsets[b] … offsets[b + 1]`` (of a plan: ``route.offsets``). H' divides H: grouped queries
-    share the heads of keys and values. ``offsets_k`` None: keys and queries are the same rows.
+    share the heads of keys and values. ``offsets_k`` None: keys and queries are the same rows. ``longest`` bounds the rows of
+    a sample (default: all rows), ``uniform`` says that all samples which have rows have that many: a GPU cannot look without
+    waiting, and takes float32 only so.
 
     Returns:
         [M, H, d] contiguous; rows beyond the last offset mean nothing.
 
     Raises:
         ValueError: shapes that do not fit, causal attention with other keys than queries.
-        RuntimeError: on a GPU a dtype that variable-length flash attention does not take (float32).
+        RuntimeError: on a GPU float32 with samples of different lengths, which flash attention does not take.
     """
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 3:
@@ -209,22 +214,40 @@ def routed_attention(
     offsets_k = offsets_q if offsets_k is None else offsets_k
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else float(scale)
     if q.device.type == "cuda":
-        return _varlen(q, k, v, offsets_q, offsets_k, scale, causal)
+        if q.dtype not in (torch.bfloat16, torch.float16) and uniform and longest:
+            return _same_length(q, k, v, longest, scale, causal)
+        return _varlen(q, k, v, offsets_q, offsets_k, longest, scale, causal)
     return attention_op(q, k, v, offsets_q, offsets_k, scale, causal)[0]
 
 
+def _same_length(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float, causal: bool) -> Tensor:
+    """As a batch of samples; those beyond the listed ones come out as nonsense and are not read."""
+    batch = (t.unflatten(0, (-1, length)).transpose(1, 2) for t in (q, k, v))
+    out = functional.scaled_dot_product_attention(
+        *batch, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2).flatten(0, 1)
+
+
 def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, offsets_q: Tensor, offsets_k: Tensor, scale: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets_q: Tensor,
+    offsets_k: Tensor,
+    longest: int | None,
+    scale: float,
+    causal: bool,
 ) -> Tensor:
     """torch's variable-length flash attention: lengths stay on the device, and it has its own gradient."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise RuntimeError(
-            f"variable-length attention on a GPU takes bfloat16 or float16, got {q.dtype}; use autocast, or "
-            "executor='planned', where lengths are known to the host"
+            f"attention over samples of different lengths takes bfloat16 or float16 on a GPU, got {q.dtype}; use "
+            "autocast or a half-precision model, or whole samples as units"
         )
-    # The longest sample is not known without waiting for the device: all rows is a safe bound.
+    bounds = (longest or q.shape[0], longest or k.shape[0])
     found = torch.ops.aten._flash_attention_forward(
-        q, k, v, offsets_q, offsets_k, q.shape[0], k.shape[0], 0.0, causal, False, scale=scale
+        q, k, v, offsets_q, offsets_k, *bounds, 0.0, causal, False, scale=scale
     )
     return found[0]
 
