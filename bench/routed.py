@@ -50,7 +50,7 @@ def candidates(
     plain = rivals.dense(stack)
     timed: dict[str, Callable[[], Any]] = {"eager": lambda: plain(x)}
     if compiled:
-        fast = rivals.compiled_dense(stack)
+        fast = rivals.compiled_dense(stack, x)
         timed["compiled"] = lambda: fast(x)
     if device == "cuda":
         for name in list(timed):

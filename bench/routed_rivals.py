@@ -45,11 +45,14 @@ def dense(stack: RoutedStack) -> Forward:
     return forward
 
 
-def compiled_dense(stack: RoutedStack) -> Forward:
-    """The same under torch.compile; for inference on the CPU with weights frozen and laid out in advance."""
-    frozen = not stack.training and next(stack.parameters()).device.type == "cpu"
+def compiled_dense(stack: RoutedStack, x: Tensor) -> Forward:
+    """The same under torch.compile, compiled for x; for inference on the CPU with frozen, prepacked weights."""
     torch._dynamo.reset()
-    return torch.compile(nn.Sequential(*layers_of(stack)), options={"freezing": True} if frozen else None)
+    compiled = torch.compile(nn.Sequential(*layers_of(stack)))
+    # As an option of torch.compile, freezing comes too late: weights are inputs by then, and nothing is prepacked.
+    with torch._inductor.config.patch(freezing=not stack.training and x.device.type == "cpu"):
+        compiled(x)
+    return compiled
 
 
 def mask_multiply(stack: RoutedStack) -> Gated:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -94,6 +95,7 @@ def run(**options: Any) -> list[dict[str, Any]]:
     if not chosen.budget > 0:
         raise ValueError(f"budget must be a positive number of seconds, got {chosen.budget!r}")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures memory talks on stderr
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # the compiler's remark on a missing GPU
     where = device_for_rank(chosen.device).type
     cases = cases_of(chosen, where)
     about = machine(where)

@@ -29,7 +29,7 @@ def training_steps(case: RoutedCase, device: str = "cpu", *, compiled: bool = Tr
 
     timed = {"eager": step(lambda: plain(x), [])}
     if compiled:
-        fast = rivals.compiled_dense(stack)
+        fast = rivals.compiled_dense(stack, x)
         timed["compiled"] = step(lambda: fast(x), [])
     ours, masked = rivals.xdfast_stack(stack, "auto"), rivals.mask_multiply(stack)
     for share in case.shares:
