@@ -25,7 +25,7 @@ INPUTS := pyproject.toml setup.py $(shell find csrc -type f \( -name '*.cpp' -o 
 help:
 	@echo "make demo        train a small student from a teacher on real images, write a report (about 4 minutes on 2 cores)"
 	@echo "                 your own: make demo DATA=/path/to/imagefolder TEACHER=vit_small_patch14_dinov2 STUDENT=resnet18"
-	@echo "make demo-robot  distil an encoder, train diffusion policies from 10 demonstrations, evaluate them in simulation"
+	@echo "make demo-robot  distil an encoder, train diffusion policies from 10 demonstrations, evaluate them (about 12 minutes)"
 	@echo "make test        the tests (make test-slow, make test-gpu: the rest of them)"
 	@echo "make bench       benchmarks; writes bench/results/cpu (make bench-gpu: GPU tests and benchmarks)"
 	@echo "make bench-data  the image loader; writes bench/results/cpu/data.json (XDFAST_BENCH_IMAGES=folder: with your images)"

@@ -18,6 +18,9 @@ _PUBLIC = {
     "KDLoss": "xdfast.losses.kd",
     "FeatureMSELoss": "xdfast.losses.feature",
     "AAD": "xdfast.nn.aad",
+    "BudgetLoss": "xdfast.losses.budget",
+    "route": "xdfast.nn.convert",
+    "RoutedStack": "xdfast.nn.routed",
     "create_loss": "xdfast.losses",
     "list_losses": "xdfast.losses",
     "rsd_loss": "xdfast.ops",
@@ -26,6 +29,8 @@ _PUBLIC = {
     # models
     "create_model": "xdfast.models",
     "load_encoder": "xdfast.models",
+    "load_routed": "xdfast.models",
+    "save_routed": "xdfast.models",
     "load_policy": "xdfast.robot",
     "DiffusionPolicy": "xdfast.robot",
     # the pipeline
@@ -43,6 +48,7 @@ _PUBLIC = {
 __all__ = [
     "AAD",
     "BarlowTwinsLoss",
+    "BudgetLoss",
     "DiffusionPolicy",
     "DistillConfig",
     "EvaluateConfig",
@@ -52,6 +58,7 @@ __all__ = [
     "KDLoss",
     "PolicyConfig",
     "RSDLoss",
+    "RoutedStack",
     "VICRegLoss",
     "__version__",
     "backend",
@@ -63,20 +70,26 @@ __all__ = [
     "list_losses",
     "load_encoder",
     "load_policy",
+    "load_routed",
     "prepare_teacher",
     "report",
+    "route",
     "rsd_loss",
+    "save_routed",
 ]
 
 if TYPE_CHECKING:  # what type checkers and editors see; nothing of it runs
     from xdfast.losses import create_loss, list_losses
     from xdfast.losses.barlow_twins import BarlowTwinsLoss
+    from xdfast.losses.budget import BudgetLoss
     from xdfast.losses.feature import FeatureMSELoss
     from xdfast.losses.kd import KDLoss
     from xdfast.losses.rsd import RSDLoss
     from xdfast.losses.vicreg import VICRegLoss
-    from xdfast.models import create_model, load_encoder
+    from xdfast.models import create_model, load_encoder, load_routed, save_routed
     from xdfast.nn.aad import AAD
+    from xdfast.nn.convert import route
+    from xdfast.nn.routed import RoutedStack
     from xdfast.ops import backend, prepare_teacher, rsd_loss
     from xdfast.pipeline import (  # type: ignore[no-redef]  # mypy takes functions for modules of the same name
         DistillConfig,

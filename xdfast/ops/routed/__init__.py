@@ -222,9 +222,9 @@ def routed_attention(
 
 def _same_length(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float, causal: bool) -> Tensor:
     """As a batch of samples; those beyond the listed ones come out as nonsense and are not read."""
-    batch = (t.unflatten(0, (-1, length)).transpose(1, 2) for t in (q, k, v))
+    q4, k4, v4 = (t.unflatten(0, (-1, length)).transpose(1, 2) for t in (q, k, v))
     out = functional.scaled_dot_product_attention(
-        *batch, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q4, k4, v4, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out.transpose(1, 2).flatten(0, 1)
 
