@@ -183,7 +183,7 @@ def test_a_block_that_is_no_sum_of_its_parts_is_refused() -> None:
 
     with pytest.raises(ValueError, match="layer 0, Scaled, computes something else.*whole_block"):
         route(nn.Sequential(*[Scaled(24, 2) for _ in range(3)]), 1.0)
-    with pytest.raises(ValueError, match="layer 0, Square, does not take .B, T, D. = .2, 256, 24."):
+    with pytest.raises(ValueError, match="layer 0, Square, does not take .B, T, D. = .2, 5, 24."):
         route(nn.Sequential(*[Square(24, 2) for _ in range(3)]), 1.0)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from xdfast.nn.branches import Branch, ModuleBranch
-from xdfast.nn.convert_hf import RoutedDecoder, decoder_branches, first_of_each_kind
+from xdfast.nn.convert_hf import RoutedDecoder, check_version, decoder_branches, first_of_each_kind
 from xdfast.nn.convert_timm import Described, block_branches
 from xdfast.nn.gates import GateFunction
 from xdfast.nn.router import LayerRouter
@@ -113,6 +113,7 @@ def route(
     Raises:
         ValueError: no residual layers known to it, or several lists of them; a target outside (0, 1] or below what
             ``always_on`` costs; layers that compute something else than their parts say; options that do not go together.
+        ImportError: a decoder of transformers before 5.
 
     Reference:
         ActDistill, arXiv 2511.18082; why not h · g: docs/routed.md.
@@ -136,6 +137,7 @@ def route(
     takes = sorted({argument for layer in described for argument in layer.takes})
     config = getattr(owner, "config", None)
     if decoder:
+        check_version(layers[0])
         always_on = (*always_on, *first_of_each_kind(config, len(layers)))
     on = check_always_on(always_on, len(layers))
     gates = gate if isinstance(gate, GateFunction) else GateFunction(gate)
@@ -300,7 +302,8 @@ def _check_blocks(layers: list[nn.Module], described: list[Described], tokens: i
         if not any(True for _ in layer.parameters()):
             continue
         with _evaluating(layer):
-            x = _noise((2, tokens, parts.dim), layer)
+            mixing = any(isinstance(b, ModuleBranch) and not b.rowwise for b in parts.branches)
+            x = _noise((2, tokens if mixing else 5, parts.dim), layer)  # some modules are built for one T
             try:
                 y, before = x, layer(x)
                 for branch in parts.branches:

@@ -6,6 +6,7 @@ converted model with the original before it hands it out.
 
 from __future__ import annotations
 
+import sys
 import types
 import weakref
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from xdfast.nn.convert_timm import Chained, Described, Macs, activation_name
 from xdfast.nn.steps import RoutedBlocks
 from xdfast.ops.route import RouteList
 
-__all__ = ["CacheRoute", "RoutedDecoder", "decoder_branches", "first_of_each_kind"]
+__all__ = ["CacheRoute", "RoutedDecoder", "check_version", "decoder_branches", "first_of_each_kind"]
 
 #: Arguments of a decoder layer with one row per sequence (or one for all), and those that pass as they are.
 _PER_SEQUENCE = ("attention_mask", "position_ids", "position_embeddings")
@@ -57,6 +58,19 @@ def decoder_branches(layer: nn.Module) -> Described | None:
         next(parts.post_attention_layernorm.parameters()).shape[-1],
         (*_PER_SEQUENCE, *_AS_THEY_ARE),
     )
+
+
+def check_version(layer: nn.Module) -> None:
+    """Decoders of transformers 4 return tuples or collect hidden states in ways that change from release to release.
+
+    Raises:
+        ImportError: a layer of transformers before 5.
+    """
+    if not type(layer).__module__.startswith("transformers."):
+        return
+    version = str(getattr(sys.modules.get("transformers"), "__version__", "5"))
+    if int(version.partition(".")[0]) < 5:
+        raise ImportError(f'routed decoders need transformers 5, this is {version}: pip install "transformers>=5"')
 
 
 def first_of_each_kind(config: Any, layers: int) -> tuple[int, ...]:
