@@ -237,6 +237,7 @@ void route_plan_(
     also = forced.const_data_ptr<bool>();
   }
   const int64_t per_sample = units / samples;
+  const float limit = static_cast<float>(threshold);  // as on a GPU: a gate of 0.3f is not above 0.3
   for (int64_t list = 0; list < lists; ++list) {
     float* g = gate.mutable_data_ptr<float>() + list * units;
     int32_t* active = index.mutable_data_ptr<int32_t>() + list * units;
@@ -245,7 +246,7 @@ void route_plan_(
     cumulative[0] = 0;
     for (int64_t u = 0; u < units; ++u) {
       const float value = in[u * lists + list];
-      const bool on = value > threshold;
+      const bool on = value > limit;
       bad += !(value >= 0.0f && value <= 1.0f);
       const bool listed = on || (also && also[u * lists + list]);
       g[u] = hard ? (on ? 1.0f : 0.0f) : (listed ? value : 0.0f);

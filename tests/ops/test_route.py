@@ -46,6 +46,12 @@ def test_a_plan_lists_what_is_above_the_threshold(
             assert plan.plain == (hard and not forced)
 
 
+@pytest.mark.parametrize("backend", routed_backends())
+def test_a_gate_at_the_threshold_is_off(backend) -> None:
+    with xdfast.backend(backend):
+        assert make_plan(torch.full((2, 1), 0.3), rows_per_unit=1, threshold=0.3).host_counts == ((0,),)
+
+
 def test_gates_carry_their_gradient_and_their_exact_value() -> None:
     gates = torch.rand(6, 3, dtype=torch.float64, requires_grad=True)
     plan = make_plan(gates, rows_per_unit=2)
