@@ -148,6 +148,7 @@ def measure(case: RoutedCase, *, device: str = "cpu", budget: float = 20.0, comp
         errors = check(case, stack, x, timed)
         times = interleave(timed, budget=budget, rounds=(5, 60), device=device)
         looked_at = [n for n in timed if n in DENSE or n.endswith(f" @ {case.middle:g}")]
+        looked_at = [n for n in looked_at if " graph" not in n]  # a graph has its memory already
         memory = {name.partition(" @ ")[0]: peak_memory(timed[name], device) / 1e6 for name in looked_at}
     steps = {f"{share:g}": len(case.gates_at(share)) for share in case.shares}
     times = {name: [t / steps.get(name.partition(" @ ")[2], 1) for t in samples] for name, samples in times.items()}

@@ -1,7 +1,8 @@
 """Results of the routed benchmark as tables: on the terminal, and as Markdown between markers of a document.
 
 ``python -m xdfast.bench.routed_table README.md bench/results/cpu/routed.json`` rewrites what stands between
-``<!-- bench:routed -->`` and ``<!-- /bench:routed -->``.
+``<!-- bench:routed -->`` and ``<!-- /bench:routed -->``; further arguments keep the cases whose names contain one of them
+(``exact training``).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ HEADINGS = (
     "eager ms",
     "ours ms",
     "× eager",
-    "× compiled",
+    "× compiled",  # of compiled and graphed dense stacks the fastest
     "× loop",
     "× index_add",
     "× plain torch",
@@ -154,9 +155,10 @@ def update(text: str, results: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``routed_table.py DOCUMENT RESULTS.json``."""
-    document, path = (Path(a) for a in (sys.argv[1:] if argv is None else argv))
-    results, _ = load(path)
+    """``routed_table.py DOCUMENT RESULTS.json [WORD …]``."""
+    first, second, *words = sys.argv[1:] if argv is None else argv
+    document, (results, _) = Path(first), load(Path(second))
+    results = [r for r in results if not words or any(word in r["case"] for word in words)]
     document.write_text(update(document.read_text(encoding="utf-8"), results), encoding="utf-8")
     return 0
 
