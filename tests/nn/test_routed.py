@@ -273,10 +273,24 @@ def test_bad_inputs_are_told() -> None:
     for given, gates, error, message in cases:
         with torch.no_grad(), pytest.raises(error, match=message):
             stack(given, gates)
+        stack.executor = "dense_mask"
+        with torch.no_grad(), pytest.raises(error, match=message):
+            stack(given, gates)
+        stack.executor = "auto"
     with pytest.raises(RuntimeError, match="executor='cpu' has no gradient"):
         run_with_gradient(stack, "cpu", x)
     with pytest.raises(RuntimeError, match="executor='list' keeps counts on a GPU"):
         run(stack, "list", x)
+
+
+def test_skipping_nothing_in_eval_mode_is_told_once(caplog) -> None:
+    stack, x = stack_of(blocks()), torch.randn(B, T, D)
+    for _ in range(2):
+        stack(x)
+    assert caplog.text.count("call it under torch.no_grad()") == 1
+    with torch.no_grad():
+        stack(x)
+    assert stack.decision.executor == "cpu"
 
 
 def run_with_gradient(stack: RoutedStack, executor: str, x: torch.Tensor) -> torch.Tensor:

@@ -173,6 +173,14 @@ class _Packs:
             self._folded["inner"] = Folded(lambda: fold_norm(*_joined(linears), norm.weight, norm.bias), sources)
         return self._folded["inner"]()
 
+    def joined(self, linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+        """Linear maps of one input as one: joined anew where a gradient is recorded, else once."""
+        if len(linears) == 1 or torch.is_grad_enabled():
+            return _joined(linears)
+        if "joined" not in self._folded:
+            self._folded["joined"] = Folded(lambda: _joined(linears), lambda: _sources(linears, None))
+        return self._folded["joined"]()
+
     def outer(self, linear: nn.Linear, scale: nn.Module | None) -> tuple[Tensor, Tensor | None]:
         """The last linear map with LayerScale multiplied in."""
         if scale is None:
@@ -225,7 +233,7 @@ class MLPBranch:
     def routed(
         self, x: Tensor, route: RouteList, tokens: int, *, keys: str = "active", in_place: bool = False, **context: Any
     ) -> Tensor:
-        h = routed_ln_linear(x, *_joined(self.inner), route, **self.norm.options(), act=self.act)
+        h = routed_ln_linear(x, *self._packs.joined(self.inner), route, **self.norm.options(), act=self.act)
         add = routed_linear_residual_ if in_place else routed_linear_residual
         return add(x, h, *_scaled(self.outer, self.scale), route)
 
@@ -314,7 +322,7 @@ class AttentionBranch:
         if keys == "all" and route.rows_per_unit < tokens:
             q, k, v, offsets_k = self._all_keys(x, route, tokens)
         else:
-            q, k, v = self._heads(routed_ln_linear(x, *_joined(self.qkv), route, **self.norm.options()))
+            q, k, v = self._heads(routed_ln_linear(x, *self._packs.joined(self.qkv), route, **self.norm.options()))
             offsets_k = None
         o = self._attend(q, k, v, route, offsets_k, tokens)
         add = routed_linear_residual_ if in_place else routed_linear_residual
@@ -372,7 +380,7 @@ class AttentionBranch:
         """Queries of the listed rows, keys and values of all: what a model converted from a dense one expects."""
         if self.causal:
             raise ValueError("keys='all' with causal attention needs samples as units: positions would be lost")
-        weight, bias = _joined(self.qkv)
+        weight, bias = self._packs.joined(self.qkv)
         split = self.heads * self.width
         q = routed_ln_linear(x, weight[:split], None if bias is None else bias[:split], route, **self.norm.options())
         q = q.unflatten(-1, (self.heads, self.width))

@@ -78,7 +78,7 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:  # [n, K] → [n, F]
         weight, bias, packed = self._current()
-        if packed is None or x.shape[0] == 0:
+        if packed is None or x.shape[0] == 0 or torch.jit.is_tracing():  # a trace cannot hold the opaque weight
             return activate(functional.linear(x, weight, bias), self.act)
         name, variant = _FUSED.get(self.act, ("none", ""))
         y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], variant)

@@ -128,6 +128,7 @@ class RoutedStack(nn.Module):
         if router is not None:
             self._check_router(router)
         self.decision: Decision | None = None
+        self._told = False
         self._graphs: PathGraphs | None = None  # made on first use, not copied
 
     def _layer(self, number: int) -> int:
@@ -173,13 +174,12 @@ class RoutedStack(nn.Module):
         if x.dim() != 3:
             raise ValueError(f"a routed stack takes [B, T, D], got {list(x.shape)}")
         probabilities = None
-        given = gates is not None
         if gates is None:
             gates, probabilities = self.route(x, mask)
         gates = self._forced_on(self._checked(gates, x))
         executor, _ = self.choose(x, gates)
         if executor == "dense_mask":
-            plan, out = None, self._dense_mask(x, gates, given, context)
+            plan, out = None, self._dense_mask(x, gates, context)
         else:
             plan = self.plan(x, gates, host=executor != "list")
             out = self._listed(x, plan, executor, context)
@@ -217,6 +217,12 @@ class RoutedStack(nn.Module):
         device = x.device.type
         if self.executor == "auto":
             if learning and not self.sparse_train:
+                if not self.training and not self._told:
+                    self._told = True
+                    log.warning(
+                        "a routed stack in eval mode computes everything, because a gradient is recorded: call it under "
+                        "torch.no_grad() to skip what is off"
+                    )
                 return "dense_mask", "a gradient is recorded: every gate gets its own"
             if learning:
                 return "planned", "sparse_train: rows that do not run cost nothing and get no gradient"
@@ -234,7 +240,7 @@ class RoutedStack(nn.Module):
 
     # --- executors
 
-    def _dense_mask(self, x: Tensor, gates: Tensor, given: bool, context: dict[str, Any]) -> Tensor:
+    def _dense_mask(self, x: Tensor, gates: Tensor, context: dict[str, Any]) -> Tensor:
         per_token = self._per_token(x, gates)
         for number in range(self.num_layers):
             x = self._dense_layer(x, per_token, number, context)
@@ -323,6 +329,10 @@ class RoutedStack(nn.Module):
                 f"gates must be [{units}, {self.num_layers}] or [{units}, {self.num_layers}, {most}] for x {list(x.shape)} with "
                 f"unit={self.unit!r}, got {list(gates.shape)}"
             )
+        if gates.device.type == "cpu" and not torch.compiler.is_compiling():  # looking is free
+            bad = int((~((gates >= 0) & (gates <= 1))).sum())
+            if bad:
+                raise ValueError(f"{bad} gates are NaN or outside [0, 1]; gates are probabilities or 0 and 1")
         return gates
 
     def _forced_on(self, gates: Tensor) -> Tensor:
