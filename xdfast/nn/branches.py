@@ -244,7 +244,7 @@ class MLPBranch:
         inner = self._packs.get("inner", self.inner, None, "none" if swiglu else self.act, x.shape[0])
         outer = self._packs.get("outer", [self.outer], self.scale, "none", x.shape[0])
         h = inner(self.norm.gather(rows, x, route).to(self.outer.weight.dtype))
-        routed_residual_(x, outer(rows.swiglu(h) if swiglu else h), route)
+        _add(rows, x, outer(rows.swiglu(h) if swiglu else h), route)
 
     def carried(self, x: Tensor, statistics: Tensor, route: RouteList, tokens: int, *, keys: str = "active") -> None:
         folded = self._packs.inner(self.inner, self.norm)
@@ -339,7 +339,7 @@ class AttentionBranch:
             offsets_k = None
         o = self._attend(q, k, v, route, offsets_k, tokens)
         proj = self._packs.get("proj", [self.proj], self.scale, "none", x.shape[0])
-        routed_residual_(x, proj(self._flat(o)), route)
+        _add(rows, x, proj(self._flat(o)), route)
 
     def carried(self, x: Tensor, statistics: Tensor, route: RouteList, tokens: int, *, keys: str = "active") -> None:
         if keys == "all" and route.rows_per_unit < tokens:
@@ -427,7 +427,7 @@ class ModuleBranch:
         self, x: Tensor, route: RouteList, tokens: int, rows: RowPasses, *, keys: str = "active", **context: Any
     ) -> None:
         y = self.norm.gather(rows, x, route)
-        routed_residual_(x, self._call(y, route, tokens, context), route)
+        _add(rows, x, self._call(y, route, tokens, context), route)
 
     def carried(self, x: Tensor, statistics: Tensor, route: RouteList, tokens: int, *, keys: str = "active") -> None:
         self.routed(x, route, tokens, in_place=True)
@@ -445,6 +445,12 @@ class ModuleBranch:
                 )
             return self.inner(y.unflatten(0, (-1, tokens)), **context).flatten(0, 1)
         return self.inner(y[None], **context)[0]
+
+
+def _add(rows: RowPasses, x: Tensor, y: Tensor, route: RouteList) -> None:
+    """x[row] += g · y, past the dispatcher: it costs as much as the pass itself for one sample."""
+    assert route.units is not None
+    rows.scatter_add_(x, y, route.gate, route.index, route.units, route.rows_per_unit)
 
 
 def _through(modules: Sequence[nn.Module], y: Tensor) -> Tensor:

@@ -62,7 +62,9 @@ def define_op(
     eager: Any = type(f"xdfast_{name}", (torch.autograd.Function,), rules)
 
     def call(*args: Any) -> Any:
-        return op(*args) if torch.compiler.is_compiling() or _watched(args) else eager.apply(*args)
+        if torch.compiler.is_compiling() or _watched(args):
+            return op(*args)
+        return eager.apply(*args) if torch.is_grad_enabled() else without_autocast(*args)
 
     call.__name__ = call.__qualname__ = name
     return call
