@@ -32,7 +32,7 @@ help:
 	@echo "make bench-cache an epoch with a live teacher against one from the teacher cache (about 4 minutes)"
 	@echo "make bench-robot frames/s of simulated tasks; writes bench/results/cpu/robot_sim.json"
 	@echo "make bench-routed layers that are skipped, against dense ones and other ways to skip (about 12 minutes)"
-	@echo "make figures     the README's table from bench/results"
+	@echo "make figures     the tables of README and docs from bench/results"
 	@echo "make lint        ruff, import rules, types          make format   let ruff rewrite"
 	@echo "make build       wheel and source archive in dist/"
 	@echo "make install     only set up the environment: $(VENV)"
@@ -122,6 +122,8 @@ bench-gpu: $(STAMP)
 
 figures: $(STAMP)
 	@"$(BIN)/python" -m xdfast.bench.table README.md bench/results/cpu/rsd.json
+	@"$(BIN)/python" -m xdfast.bench.routed_table README.md bench/results/cpu/routed.json B=16 exact 1 0.5 0.25
+	@"$(BIN)/python" -m xdfast.bench.routed_table docs/routed.md bench/results/cpu/routed.json
 
 lint: $(STAMP)
 	@"$(BIN)/ruff" check .

@@ -47,6 +47,9 @@ SHORT_HEADINGS = (
     "eager's",
 )
 
+#: Columns of a short table: up to index_add.
+_USUAL = 8
+
 _BEGIN, _END = "<!-- bench:routed -->", "<!-- /bench:routed -->"
 
 
@@ -104,14 +107,24 @@ def target_lines(results: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """All cases as one Markdown table."""
+def markdown(results: Sequence[dict[str, Any]], words: Sequence[str] = ()) -> str:
+    """The cases that ``words`` select (all without) as one Markdown table."""
+    shares = {float(word) for word in words if _is_number(word)}
+    names = [word for word in words if not _is_number(word)]
+    width = _USUAL if words else len(HEADINGS)
     lines = [list(HEADINGS), ["---"] + ["---:"] * (len(HEADINGS) - 1)]
     for result in results:
+        if (result["train"] and names) or not all(word in result["case"].split() for word in names):
+            continue
         for row in rows(result):
-            memory = "–" if row[-2] == "–" else f"{row[-2]} ({row[-1]})"
-            lines.append([_stack(result), *(cell.replace(" ✓", "").replace(" ✗", "") for cell in row[:-2]), memory])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+            if not shares or float(row[0]) in shares:
+                memory = "–" if row[-2] == "–" else f"{row[-2]} ({row[-1]})"
+                lines.append([_stack(result), *(cell.replace(" ✓", "").replace(" ✗", "") for cell in row[:-2]), memory])
+    return "\n".join("| " + " | ".join(line[:width]) + " |" for line in lines)
+
+
+def _is_number(word: str) -> bool:
+    return word.replace(".", "", 1).isdigit()
 
 
 def _stack(result: dict[str, Any]) -> str:
@@ -141,13 +154,13 @@ def load(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return data["results"], data["machine"]
 
 
-def update(text: str, results: Sequence[dict[str, Any]]) -> str:
-    """A document's text with the table of ``results`` between its markers.
+def update(text: str, results: Sequence[dict[str, Any]], words: Sequence[str] = ()) -> str:
+    """A document's text with the table of ``results`` between its markers; ``words`` as of :func:`markdown`.
 
     Raises:
         ValueError: the markers are missing.
     """
-    block = f"{_BEGIN}\n{markdown(results)}\n{_END}"
+    block = f"{_BEGIN}\n{markdown(results, words)}\n{_END}"
     updated, found = re.subn(f"{_BEGIN}.*?{_END}", lambda _: block, text, flags=re.DOTALL)
     if found != 1:
         raise ValueError(f"the document must contain {_BEGIN} … {_END} once, found {found}")
@@ -158,8 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """``routed_table.py DOCUMENT RESULTS.json [WORD …]``."""
     first, second, *words = sys.argv[1:] if argv is None else argv
     document, (results, _) = Path(first), load(Path(second))
-    results = [r for r in results if not words or any(word in r["case"] for word in words)]
-    document.write_text(update(document.read_text(encoding="utf-8"), results), encoding="utf-8")
+    document.write_text(update(document.read_text(encoding="utf-8"), results, words), encoding="utf-8")
     return 0
 
 

@@ -158,8 +158,11 @@ def test_the_sweep_its_file_and_its_tables(tmp_path, capsys) -> None:
     assert len(table.splitlines()) == 2 + 3 and "tiny fp32 B=2 | 0.5 |" in table
     document = "a\n<!-- bench:routed -->\nold\n<!-- /bench:routed -->\nb\n"
     (tmp_path / "doc.md").write_text(document)
-    assert routed_table.main([str(tmp_path / "doc.md"), str(out), "exact", "training"]) == 0
+    assert routed_table.main([str(tmp_path / "doc.md"), str(out)]) == 0
     assert (tmp_path / "doc.md").read_text() == document.replace("old", table)
+    short = routed_table.markdown(again, ["exact", "0.5"]).splitlines()
+    assert len(short) == 2 + 1 and short[2].startswith("| tiny fp32 B=2 | 0.5 |") and "plain torch" not in short[0]
+    assert len(routed_table.markdown(again, ["bernoulli"]).splitlines()) == 2
 
 
 def test_a_training_case_and_tokens_print_too(capsys) -> None:
