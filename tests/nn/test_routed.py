@@ -113,6 +113,14 @@ def test_samples_may_change_places_and_company(executor) -> None:
         )
 
 
+@pytest.mark.parametrize("keys", ["all", "active"])
+def test_tokens_may_change_places(keys) -> None:
+    stack, x, gates = stack_of(blocks(), unit="token", keys=keys), torch.randn(B, T, D), hard_gates(B * T)
+    out, order = run(stack, "cpu", x, gates), torch.randperm(T)
+    moved = gates.unflatten(0, (B, T))[:, order].flatten(0, 1)
+    close(run(stack, "cpu", x[:, order], moved), out[:, order])
+
+
 def test_the_input_is_left_alone() -> None:
     stack, x = stack_of(blocks()), torch.randn(B, T, D)
     before = x.clone()
