@@ -22,7 +22,7 @@ def report() -> dict:
 def test_report_is_json_and_complete(report):
     again = json.loads(json.dumps(report))
     assert again == report
-    parts = "xdfast python packages cpu cuda extension kernels apex dali robot extras ops warnings"
+    parts = "xdfast python packages cpu cuda extension kernels packing apex dali robot extras ops warnings"
     assert set(report) == set(parts.split())
 
 

@@ -58,6 +58,7 @@ def collect() -> dict[str, Any]:
         "cuda": _cuda(warnings),
         "extension": _extension(warnings),
         "kernels": _kernels(),
+        "packing": _packing(),
         "apex": asdict(_apex(warnings)),
         "dali": _dali(warnings),
         "robot": _robot(warnings),
@@ -215,6 +216,17 @@ def _kernels() -> dict[str, Any]:
     return {"has_triton": kernels.HAS_TRITON, "reason": kernels.WHY_NOT}
 
 
+def _packing() -> dict[str, Any]:
+    """Whether routed layers on the CPU multiply with prepared weights."""
+    if importlib.util.find_spec("torch") is None:
+        return {"available": False, "reason": "torch is not installed"}
+    module, error = _try_import("xdfast.nn.packed")
+    if module is None:
+        return {"available": False, "reason": f"xdfast.nn does not import ({error})"}
+    available, reason = module.packing_available()
+    return {"available": available, "reason": reason}
+
+
 def _apex(warnings: list[str]) -> Any:
     status = apex_status()
     if status.kind == "impostor":
@@ -345,7 +357,11 @@ def _print(report: dict[str, Any]) -> None:
     if not extension["loaded"]:
         rows.append(("", "to build it", extension["how"]))
         rows.extend(("", "needs", need) for need in extension["needs"])
+    if built.get("built"):
+        rows.append(("", "CUDA sources", str(built.get("cuda_kernels", "not built: by an older xdfast"))))
     kernels, apex, dali = report["kernels"], report["apex"], report["dali"]
+    packing = report["packing"]
+    rows.append(("routed layers on a CPU", "prepared" if packing["available"] else "plain linear", packing["reason"]))
     rows.append(("Triton kernels", "yes" if kernels["has_triton"] else "no", kernels["reason"]))
     rows.append(("NVIDIA apex", "usable" if apex["usable"] else apex["kind"], apex["message"]))
     rows.append(("NVIDIA DALI", "installed" if dali["installed"] else "missing", dali["reason"]))
