@@ -58,10 +58,11 @@ def test_an_unknown_name_lists_the_public_ones() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        "xdfast.ops.rsd", "xdfast.losses.rsd", "xdfast.losses.kd", "xdfast.losses.feature", "xdfast.losses", "xdfast.nn.aad",
-        "xdfast.nn.gates", "xdfast.nn.router", "xdfast.nn.calibrate", "xdfast.nn.latency_budget", "xdfast.nn.convert",
-        "xdfast.nn.calibrated_model", "xdfast.nn.actdistill_compat", "xdfast.nn.steps", "xdfast.losses.budget",
-        "xdfast.ops.route", "xdfast.models.routed", "xdfast.models.create", "xdfast.models.features", "xdfast.pipeline.distill", "xdfast.pipeline.finetune",
+        "xdfast.ops.rsd", "xdfast.losses.rsd", "xdfast.losses.kd", "xdfast.losses.feature", "xdfast.losses",
+        "xdfast.nn.aad", "xdfast.nn.gates", "xdfast.nn.router", "xdfast.nn.calibrate", "xdfast.nn.latency_budget",
+        "xdfast.nn.convert", "xdfast.nn.calibrated_model", "xdfast.nn.actdistill_compat", "xdfast.nn.steps",
+        "xdfast.losses.budget", "xdfast.ops.route", "xdfast.models.routed", "xdfast.models.create",
+        "xdfast.models.features", "xdfast.pipeline.distill", "xdfast.pipeline.finetune",
     ],
 )  # fmt: skip
 def test_examples_in_docstrings_run(module) -> None:

@@ -12,6 +12,7 @@ from xdfast.nn.branches import AttentionBranch, MLPBranch, ModuleBranch
 from xdfast.nn.routed import RoutedStack
 from xdfast.nn.routed_flops import TILE, count_routed
 from xdfast.nn.router import LayerRouter
+from xdfast.ops._flops import missing_formulas
 
 D, HEADS, T, B, L = 32, 4, 9, 5, 3
 
@@ -39,7 +40,7 @@ def _stack(router: LayerRouter | None = None, kv_heads: int = HEADS, **options) 
 
 
 def _counted(stack: RoutedStack, *inputs) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=missing_formulas()) as counter:
         stack(*inputs)
     return int(counter.get_total_flops())
 

@@ -90,10 +90,11 @@ def test_a_branch_equals_the_dense_equation_with_masks(
     assert relative(y, expected) < promise
     wanted = torch.autograd.grad(expected, exact, direction.double(), allow_unused=True)
     scale = max(float(g.norm()) for g in wanted if g is not None)
-    for mine, true in zip(gradients, wanted, strict=True):
+    for of, mine, true in zip(parameters, gradients, wanted, strict=True):
         true = torch.zeros_like(mine, dtype=torch.float64) if true is None else true
-        # gradients that cancel (a gate's, a norm's along the mean) are small beside what they are made of
-        assert float((mine.double() - true).norm()) < 4 * promise * max(float(true.norm()), 0.2 * scale)
+        # gradients that cancel (a norm's along the mean; a gate's most of all, one number) are small beside what they are made of
+        part = 1.0 if of is gate else 0.2
+        assert float((mine.double() - true).norm()) < 4 * promise * max(float(true.norm()), part * scale)
 
 
 @backends

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from xdfast.nn.branches import AttentionBranch, Branch, MLPBranch, ModuleBranch
+from xdfast.ops._flops import missing_formulas
 from xdfast.ops.route import RoutePlan
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def _counted(stack: RoutedStack, branch: ModuleBranch, tokens: int) -> int:
     for module in training:
         module.training = False
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=missing_formulas()) as counter:
             branch.dense(like.new_zeros(1, tokens, width))
     except Exception as error:
         raise ValueError(

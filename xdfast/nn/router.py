@@ -161,7 +161,9 @@ class LayerRouter(nn.Module):
         for number, group in enumerate(self.groups):
             if any(edge is not None and not -length <= edge <= length for edge in (group.start, group.stop)):
                 raise ValueError(f"group {number}, tokens {_text(group)}, reaches beyond the T={length} tokens given")
-            start, stop, _ = group.indices(length)
+            start, stop = (
+                _edge(edge, length) for edge in (group.start or 0, length if group.stop is None else group.stop)
+            )
             if start >= stop:
                 raise ValueError(f"group {number}, tokens {_text(group)}, holds none of the T={length} tokens given")
 
@@ -193,6 +195,11 @@ def _as_slice(group: slice | Sequence[int | None]) -> slice:
     if len(edges) != 2 or step not in (None, 1) or not all(edge is None or isinstance(edge, int) for edge in edges):
         raise ValueError(f"a group is a slice or a pair (start, stop) of token positions without a step, got {group!r}")
     return slice(*edges)
+
+
+def _edge(edge: int, length: int) -> int:
+    """As ``slice.indices``, which the compiler of torch 2.9 does not know."""
+    return edge + length if edge < 0 else edge
 
 
 def _text(group: slice) -> str:

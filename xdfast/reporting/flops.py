@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from xdfast.ops._flops import missing_formulas
 from xdfast.ops.routed.flops import RoutedAttentionMacs, routed_flops_from_fvcore
 from xdfast.reporting.adapt import (
     TensorsOut,
@@ -189,26 +190,11 @@ def _torch(net: nn.Module, inputs: tuple[Any, ...], attention: RoutedAttentionMa
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False, custom_mapping=_missing_formulas()) as counter, attention:
+        with FlopCounterMode(display=False, custom_mapping=missing_formulas()) as counter, attention:
             net(*inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops())
-
-
-def _missing_formulas() -> dict[Any, Any]:
-    """The CPU's fused attention, which torch's counter knows only from 2.10 on."""
-    from torch.utils.flop_counter import flop_registry
-
-    op = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    if op is None or op in flop_registry:
-        return {}
-
-    def attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        batch, heads, queries, width = query  # keys and values may have fewer heads, shared by groups of queries
-        return 2 * batch * heads * queries * key[-2] * (width + value[-1])
-
-    return {op: attention}
 
 
 def _rows(net: nn.Module, macs: dict[str, int], top: int) -> tuple[ModuleCost, ...]:
