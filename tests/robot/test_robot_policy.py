@@ -14,7 +14,7 @@ from xdfast.models.checkpoint import CheckpointError
 from xdfast.robot import PolicySpec, build_encoder, load_policy, save_policy
 from xdfast.robot.encoder import EncoderSpec
 from xdfast.robot.normalize import MinMax
-from xdfast.robot.policy import crop
+from xdfast.robot.pictures import crop
 from xdfast.robot.runner import PolicyRunner, measure_latency
 
 pytestmark = pytest.mark.usefixtures("one_thread")

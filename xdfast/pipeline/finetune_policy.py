@@ -21,7 +21,8 @@ from xdfast.progress import ProgressLine
 from xdfast.robot.demos.open import Demonstrations, open_demos
 from xdfast.robot.diffusion import DiffusionSettings
 from xdfast.robot.encoder import build_encoder
-from xdfast.robot.policy import DiffusionPolicy, PolicySpec, crop
+from xdfast.robot.pictures import crop
+from xdfast.robot.policy import DiffusionPolicy, PolicySpec
 from xdfast.robot.policy_files import save_policy
 from xdfast.robot.rollout import check_task, rollout
 from xdfast.robot.sim.names import task_spec

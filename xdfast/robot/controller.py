@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from xdfast.robot.policy import DiffusionPolicy
 from xdfast.robot.runner import PolicyRunner
+
+if TYPE_CHECKING:
+    from xdfast.robot.policy import DiffusionPolicy
+    from xdfast.robot.vla import InstructedVLA
 
 __all__ = ["Controller"]
 
@@ -18,10 +22,10 @@ class Controller:
     """Remembers the last observations and the rest of the action chunk; decides when the chunk is used up.
 
     Args:
-        policy: decides.
+        policy: decides; a VLA is given its instruction first, ``vla.instructed("Open the drawer")``.
         device: where it runs.
         seed: of the noise; the same seed and observations give the same actions.
-        compile: torch.compile of the denoising loop.
+        compile: torch.compile of what follows the encoder.
 
     Example:
         >>> controller = Controller(xd.load_policy("runs/drawer"))          # doctest: +SKIP
@@ -31,7 +35,12 @@ class Controller:
     """
 
     def __init__(
-        self, policy: DiffusionPolicy, *, device: torch.device | str = "cpu", seed: int = 0, compile: bool = False
+        self,
+        policy: DiffusionPolicy | InstructedVLA,
+        *,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        compile: bool = False,
     ) -> None:
         self.policy = policy
         self._runner = PolicyRunner(policy, 1, device=device, compile=compile)

@@ -13,6 +13,7 @@ from xdfast.models import FeatureModel
 from xdfast.robot.diffusion import Diffusion, DiffusionSettings
 from xdfast.robot.encoder import EncoderSpec
 from xdfast.robot.normalize import MinMax
+from xdfast.robot.pictures import batch_of, check_pictures, crop_cameras
 from xdfast.robot.unet1d import ConditionalUnet1d
 
 __all__ = ["DiffusionPolicy", "PolicySpec"]
@@ -136,24 +137,16 @@ class DiffusionPolicy(nn.Module):
             ValueError: another shape or dtype.
         """
         spec = self.spec
-        size = (*spec.image_size, 3)
-        if images.ndim != 6 or images.shape[1:3] != (len(spec.cameras), spec.n_obs) or images.shape[3:] != size:
-            raise ValueError(
-                f"expected images [B, {len(spec.cameras)}, {spec.n_obs}, {size[0]}, {size[1]}, 3] of cameras "
-                f"{', '.join(spec.cameras)}, got {list(images.shape)}"
-            )
-        if images.dtype != torch.uint8:
-            raise ValueError(f"expected uint8 images (0..255), got {images.dtype}")
-        cropped = crop(images.flatten(0, 1), spec.crop, at_random=self.training)  # [B·K, T, S, S, 3]
-        return self.encode(cropped.unflatten(0, (-1, len(spec.cameras))))
+        check_pictures(images, spec.cameras, spec.n_obs, spec.image_size)
+        return self.encode(crop_cameras(images, spec.crop, at_random=self.training))
 
     def encode(self, cropped: Tensor) -> Tensor:
         """uint8 ``[B, K, t, S, S, 3]``, cropped, for any t → float ``[B, K, t, D]``."""
         pixels = cropped.permute(0, 1, 2, 5, 3, 4).float().div_(255)
         if self.spec.share_encoder:
-            return self.encoders[0](_batch_of(pixels)).features.unflatten(0, pixels.shape[:3])
+            return self.encoders[0](batch_of(pixels)).features.unflatten(0, pixels.shape[:3])
         per_camera = [
-            encoder(_batch_of(pixels[:, k])).features.unflatten(0, (pixels.shape[0], pixels.shape[2]))
+            encoder(batch_of(pixels[:, k])).features.unflatten(0, (pixels.shape[0], pixels.shape[2]))
             for k, encoder in enumerate(self.encoders)
         ]
         return torch.stack(per_camera, dim=1)
@@ -199,31 +192,20 @@ class DiffusionPolicy(nn.Module):
 
         Args:
             images, state, noise: as there, all on the policy's device.
-            sample: takes the place of ``self.diffusion.sample``, such as a compiled one.
+            sample: takes the place of :attr:`core`, such as a compiled one.
         """
         features = self.features(images) if images is not None else None
-        chunk = (sample or self.diffusion.sample)(self.condition(features, state), noise)
+        chunk = (sample or self.core)(self.condition(features, state), noise)
         first = self.spec.n_obs - 1
         return self.action_norm.inverse(chunk[:, first : first + self.spec.n_action])
+
+    @property
+    def core(self) -> Any:
+        """What follows the encoding, (condition, noise) → normalised chunk ``[B, H, A]``: the part worth compiling."""
+        return self.diffusion.sample
 
     def noise(self, batch: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
         """What :meth:`act` starts from, ``[S, B, H, A]``; drawn on the CPU, so that a seed means the same on every device."""
         spec = self.spec
         shape = (self.diffusion.noise_count, batch, spec.horizon, spec.action_dim)
         return torch.randn(shape, generator=generator).to(device)
-
-
-def crop(images: Tensor, size: int, *, at_random: bool) -> Tensor:
-    """``[N, T, H, W, 3]`` → ``[N, T, S, S, 3]``: one window per row, at random or in the middle."""
-    rows, _, height, width = images.shape[:4]
-    if at_random and (height > size or width > size):
-        top = torch.randint(0, height - size + 1, (rows,))
-        left = torch.randint(0, width - size + 1, (rows,))
-        return torch.stack([images[i, :, y : y + size, x : x + size] for i, (y, x) in enumerate(zip(top, left))])
-    top, left = (height - size) // 2, (width - size) // 2  # type: ignore[assignment]
-    return images[:, :, top : top + size, left : left + size]
-
-
-def _batch_of(pixels: Tensor) -> Tensor:
-    """``[..., 3, S, S]`` → ``[N, 3, S, S]``, channels last in memory as they were."""
-    return pixels.flatten(0, -4).contiguous(memory_format=torch.channels_last)

@@ -8,14 +8,17 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from xdfast.robot.policy import DiffusionPolicy
 from xdfast.robot.runner import PolicyRunner
 from xdfast.robot.sim.names import task_spec
+
+if TYPE_CHECKING:
+    from xdfast.robot.policy import DiffusionPolicy
+    from xdfast.robot.vla import CompactVLA, InstructedVLA
 
 __all__ = ["EpisodeResult", "check_task", "default_envs", "film", "rollout"]
 
@@ -44,7 +47,7 @@ def default_envs(episodes: int) -> int:
     return max(1, min(episodes, 10, 2 * (os.cpu_count() or 1)))
 
 
-def check_task(policy: DiffusionPolicy, task: str) -> None:
+def check_task(policy: DiffusionPolicy | CompactVLA | InstructedVLA, task: str) -> None:
     """Whether the policy fits the task.
 
     Raises:
@@ -65,7 +68,7 @@ def check_task(policy: DiffusionPolicy, task: str) -> None:
 
 
 def rollout(
-    policy: DiffusionPolicy,
+    policy: DiffusionPolicy | CompactVLA | InstructedVLA,
     task: str,
     seeds: Sequence[int],
     *,
@@ -80,7 +83,7 @@ def rollout(
     nothing but rounding (batches always have the same size).
 
     Args:
-        policy: decides.
+        policy: decides. A VLA gets the usual instruction of the task, unless it has one (``vla.instructed(text)``).
         task: name.
         seeds: of the episodes.
         envs: side by side; default: :func:`default_envs`.
@@ -93,11 +96,12 @@ def rollout(
         NoRendererError, WorkerError: of the simulator.
     """
     check_task(policy, task)
+    told = _told(policy, task)
     seeds = list(seeds)
     if not seeds:
         return []
     count = min(envs or default_envs(len(seeds)), len(seeds))
-    runner = PolicyRunner(policy, count, device=device)
+    runner = PolicyRunner(told, count, device=device)
     found: dict[int, EpisodeResult] = {}
     with closing(_vector(policy, task, count, max_steps)) as vector:
         waiting = list(range(len(seeds)))  # numbers of episodes
@@ -107,7 +111,7 @@ def rollout(
         observation, _ = vector.reset(seed=[seeds[number] for number in running if number is not None])
         while any(number is not None for number in running):
             live = [slot for slot, number in enumerate(running) if number is not None]
-            noise = torch.cat([_noise(policy, seeds[running[s]], decisions[s]) for s in live], dim=1)  # type: ignore[index]
+            noise = torch.cat([_noise(told, seeds[running[s]], decisions[s]) for s in live], dim=1)  # type: ignore[index]
             images = observation["images"][live] if policy.spec.cameras else None
             actions = np.zeros(vector.action_space.shape, np.float32)
             actions[live] = runner.act(images, observation["state"][live], noise)
@@ -137,7 +141,7 @@ def rollout(
 
 
 def film(
-    policy: DiffusionPolicy,
+    policy: DiffusionPolicy | CompactVLA | InstructedVLA,
     task: str,
     episodes: Sequence[EpisodeResult],
     paths: Sequence[str | Path],
@@ -180,7 +184,13 @@ def film(
     return seen
 
 
-def _vector(policy: DiffusionPolicy, task: str, count: int, max_steps: int | None) -> Any:
+def _told(policy: DiffusionPolicy | CompactVLA | InstructedVLA, task: str) -> DiffusionPolicy | InstructedVLA:
+    """The policy with the task's instruction, where it takes one and has none."""
+    any_kind: Any = policy
+    return any_kind.for_task(task) if hasattr(policy, "for_task") else any_kind
+
+
+def _vector(policy: DiffusionPolicy | CompactVLA | InstructedVLA, task: str, count: int, max_steps: int | None) -> Any:
     from xdfast.robot.sim.vector import vector_env
 
     spec = policy.spec
@@ -188,6 +198,6 @@ def _vector(policy: DiffusionPolicy, task: str, count: int, max_steps: int | Non
     return vector_env(task, count, n_obs=spec.n_obs, chunk=spec.n_action, max_steps=max_steps, **options)
 
 
-def _noise(policy: DiffusionPolicy, seed: int, decision: int) -> torch.Tensor:
+def _noise(policy: DiffusionPolicy | InstructedVLA, seed: int, decision: int) -> torch.Tensor:
     mixed = np.random.SeedSequence((seed, decision)).generate_state(1, np.uint64)[0]
     return policy.noise(1, torch.Generator().manual_seed(int(mixed) >> 1))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from xdfast.robot.policy import DiffusionPolicy
+if TYPE_CHECKING:
+    from xdfast.robot.policy import DiffusionPolicy
+    from xdfast.robot.vla.acting import InstructedVLA
 
 __all__ = ["Latency", "PolicyRunner", "measure_latency"]
 
@@ -25,16 +27,16 @@ class PolicyRunner:
     instead of hundreds (written for it, not yet run on a device). :attr:`reason` says what is used.
 
     Args:
-        policy: moved to ``device``, in eval mode.
+        policy: moved to ``device``, in eval mode; a VLA with its instruction, :class:`xdfast.robot.vla.InstructedVLA`.
         batch: robots.
         device: where it runs.
         graph: capture a CUDA graph; default: on CUDA devices.
-        compile: torch.compile of the denoising loop (seconds at the start; needs a C++ compiler on a CPU).
+        compile: torch.compile of what follows the encoder (seconds at the start; needs a C++ compiler on a CPU).
     """
 
     def __init__(
         self,
-        policy: DiffusionPolicy,
+        policy: DiffusionPolicy | InstructedVLA,
         batch: int = 1,
         *,
         device: torch.device | str = "cpu",
@@ -45,7 +47,7 @@ class PolicyRunner:
         # on a CPU convolutions of a single picture, and of one robot's actions, are fastest channels last
         self.policy = policy.to(self.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.batch = batch
-        self._sample: Any = policy.diffusion.sample
+        self._sample: Any = policy.core
         if compile:
             self._sample = torch.compile(self._sample, dynamic=False)
         wanted = self.device.type == "cuda" if graph is None else graph
@@ -118,8 +120,8 @@ class Latency:
     Attributes:
         p50, p95: the whole decision, images in main memory to actions in main memory.
         encode: pictures to condition (median).
-        denoise: condition to actions (median).
-        steps: denoising steps.
+        denoise: condition to actions (median); of a VLA, its transformer and head.
+        steps: denoising steps; 1 for a VLA.
         how: device and mode.
     """
 
@@ -134,7 +136,7 @@ class Latency:
 
 
 def measure_latency(
-    policy: DiffusionPolicy,
+    policy: DiffusionPolicy | InstructedVLA,
     *,
     batch: int = 1,
     runs: int = 50,
@@ -167,7 +169,7 @@ def measure_latency(
                 whole.append(done - began)
                 encode.append(encoded - done)
                 denoise.append(time.perf_counter() - encoded)
-    ms = 1e3
+    ms, diffusion = 1e3, getattr(policy.spec, "diffusion", None)
     return Latency(
         batch,
         runs,
@@ -175,12 +177,12 @@ def measure_latency(
         ms * float(np.quantile(whole, 0.95)),
         ms * float(np.median(encode)),
         ms * float(np.median(denoise)),
-        policy.spec.diffusion.inference_steps,
+        diffusion.inference_steps if diffusion else 1,
         runner.reason,
     )
 
 
-def example(policy: DiffusionPolicy, batch: int) -> tuple[Tensor | None, Tensor, Tensor]:
+def example(policy: DiffusionPolicy | InstructedVLA, batch: int) -> tuple[Tensor | None, Tensor, Tensor]:
     """(images, state, noise) of the right shapes, from a fixed seed."""
     spec, generator = policy.spec, torch.Generator().manual_seed(0)
     shape = (batch, len(spec.cameras), spec.n_obs, *spec.image_size, 3)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from xdfast._optional import require
 from xdfast.robot.gradcam import find_layer, tapped
-from xdfast.robot.policy import DiffusionPolicy, crop
+from xdfast.robot.pictures import crop
+from xdfast.robot.policy import DiffusionPolicy
 
 __all__ = ["film_strip", "saliency_maps"]
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from xdfast.models import FeatureModel
 from xdfast.robot.demos.episode import Episode
-from xdfast.robot.policy import DiffusionPolicy, crop
+from xdfast.robot.pictures import crop
+from xdfast.robot.policy import DiffusionPolicy
 
 __all__ = ["PROGRESS_STAGES", "TIME_STAGES", "frame_stages", "stage_separation"]
 

@@ -1,0 +1,60 @@
+"""Vision-language-action models: our own compact one, its data and files, and what any of them offers as a teacher.
+
+Names are loaded on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_NAMES = {
+    "CompactVLA": "compact",
+    "InstructedVLA": "acting",
+    "MultiTaskLoader": "multitask",
+    "MultiTaskWindows": "multitask",
+    "Observation": "interface",
+    "TeacherVLA": "interface",
+    "Tokenizer": "instructions",
+    "VLABatch": "multitask",
+    "VLASpec": "spec",
+    "check_teacher": "interface",
+    "hidden_states": "interface",
+    "instructions_of": "instructions",
+    "load_vla": "files",
+    "save_vla": "files",
+}
+
+__all__ = [
+    "CompactVLA",
+    "InstructedVLA",
+    "MultiTaskLoader",
+    "MultiTaskWindows",
+    "Observation",
+    "TeacherVLA",
+    "Tokenizer",
+    "VLABatch",
+    "VLASpec",
+    "check_teacher",
+    "hidden_states",
+    "instructions_of",
+    "load_vla",
+    "save_vla",
+]
+
+if TYPE_CHECKING:
+    from xdfast.robot.vla.acting import InstructedVLA
+    from xdfast.robot.vla.compact import CompactVLA
+    from xdfast.robot.vla.files import load_vla, save_vla
+    from xdfast.robot.vla.instructions import Tokenizer, instructions_of
+    from xdfast.robot.vla.interface import Observation, TeacherVLA, check_teacher, hidden_states
+    from xdfast.robot.vla.multitask import MultiTaskLoader, MultiTaskWindows, VLABatch
+    from xdfast.robot.vla.spec import VLASpec
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'xdfast.robot.vla' has no attribute {name!r}; there are: {', '.join(__all__)}")
+    value = getattr(importlib.import_module(f"xdfast.robot.vla.{_NAMES[name]}"), name)
+    globals()[name] = value
+    return value

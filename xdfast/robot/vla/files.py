@@ -1,0 +1,52 @@
+"""A compact VLA on disk: ``vla.safetensors`` and ``vla.json``, enough to rebuild it without the run it came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xdfast.robot.encoder import rebuild_encoder
+from xdfast.robot.model_files import find_folder, load_weights, read_spec, write_model
+from xdfast.robot.vla.compact import CompactVLA
+from xdfast.robot.vla.spec import VLASpec
+
+__all__ = ["load_vla", "save_vla"]
+
+_NAME = "vla"
+
+
+def save_vla(vla: CompactVLA, folder: str | Path, *, extra: dict[str, Any] | None = None) -> Path:
+    """Writes weights (normalisation included), spec and vocabulary; each file whole or not at all.
+
+    Args:
+        vla: what to save; not routed (:func:`xdfast.save_routed` is for those).
+        folder: made if missing.
+        extra: JSON-able facts to keep, such as settings and metrics.
+
+    Raises:
+        ValueError: it is routed.
+        CheckpointError: the files cannot be written.
+    """
+    if hasattr(vla, "xdfast_route"):
+        raise ValueError("this VLA is routed; xdfast.save_routed keeps its router, too")
+    return write_model(vla, vla.spec.to_dict(), folder, _NAME, extra or {})
+
+
+def load_vla(folder: str | Path, *, device: torch.device | str = "cpu") -> CompactVLA:
+    """A VLA from the folder of a run, or from its ``vla/``; in eval mode.
+
+    Args:
+        folder: where it is.
+        device: where it is put.
+
+    Raises:
+        FileNotFoundError: no VLA there.
+        CheckpointError: damaged files, or weights that do not fit the spec.
+    """
+    folder = find_folder(folder, _NAME, "VLA")
+    spec = read_spec(folder / f"{_NAME}.json", VLASpec.from_dict)
+    vla = CompactVLA(spec, rebuild_encoder(spec.encoder))
+    load_weights(vla, folder / f"{_NAME}.safetensors", "VLA")
+    return vla.to(device).eval()
