@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from xdfast.losses.actdistill import ActDistillComponents, ActDistillLoss, stage1_loss
 from xdfast.losses.barlow_twins import BarlowTwinsLoss
 from xdfast.losses.base import DistillLoss, create_loss, list_losses, parse_losses, register_loss
 from xdfast.losses.budget import BudgetLoss
@@ -11,6 +12,8 @@ from xdfast.losses.rsd import RSDLoss
 from xdfast.losses.vicreg import VICRegLoss
 
 __all__ = [
+    "ActDistillComponents",
+    "ActDistillLoss",
     "BarlowTwinsLoss",
     "BudgetLoss",
     "DistillLoss",
@@ -22,4 +25,5 @@ __all__ = [
     "list_losses",
     "parse_losses",
     "register_loss",
+    "stage1_loss",
 ]

@@ -1,4 +1,6 @@
-"""Modules with parameters: the projector between student and teacher, the router of a routed student and its gates."""
+"""Modules with parameters: the projector between student and teacher, the router of a routed student and its gates.
+
+And the graph heads that read from a policy's layers what they say about the action."""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from xdfast.nn.calibrated_model import calibrate_model
 from xdfast.nn.convert import Routed, route
 from xdfast.nn.convert_timm import whole_block
 from xdfast.nn.gates import GateFunction, GateSchedule
+from xdfast.nn.graph_encapsulation import GATLayer, GraphEncapsulation
 from xdfast.nn.latency_budget import LatencyCalibration, calibrate_latency
 from xdfast.nn.router import LayerRouter
 from xdfast.nn.steps import fixed_gates, routed_stacks
@@ -15,8 +18,10 @@ from xdfast.nn.steps import fixed_gates, routed_stacks
 __all__ = [
     "AAD",
     "Calibration",
+    "GATLayer",
     "GateFunction",
     "GateSchedule",
+    "GraphEncapsulation",
     "LatencyCalibration",
     "LayerRouter",
     "Routed",
