@@ -180,6 +180,19 @@ def test_files_rebuild_it(tmp_path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == ["vla.json", "vla.safetensors"]
 
 
+def test_a_module_of_yours_as_encoder_is_passed_again(tmp_path) -> None:
+    module = build_encoder("test_resnet", image_size=20)[0].net
+    module.pretrained_cfg = {}
+    vla = make_vla(encoder=module)
+    save_vla(vla, tmp_path)
+    with pytest.raises(ValueError, match=r"was a module of yours .*load_vla\(folder, encoder=module\)"):
+        load_vla(tmp_path)
+    seen = observation(vla)
+    fresh = build_encoder("test_resnet", image_size=20)[0].net
+    fresh.pretrained_cfg = {}
+    assert torch.equal(load_vla(tmp_path, encoder=fresh).act(*seen), vla.act(*seen))
+
+
 def test_damaged_and_missing_files(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no VLA in .* \(no vla.json\)"):
         load_vla(tmp_path)

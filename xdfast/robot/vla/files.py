@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from xdfast.models import create_model
 from xdfast.robot.encoder import rebuild_encoder
 from xdfast.robot.model_files import find_folder, load_weights, read_spec, write_model
 from xdfast.robot.vla.compact import CompactVLA
@@ -34,19 +36,29 @@ def save_vla(vla: CompactVLA, folder: str | Path, *, extra: dict[str, Any] | Non
     return write_model(vla, vla.spec.to_dict(), folder, _NAME, extra or {})
 
 
-def load_vla(folder: str | Path, *, device: torch.device | str = "cpu") -> CompactVLA:
+def load_vla(folder: str | Path, *, encoder: nn.Module | None = None, device: torch.device | str = "cpu") -> CompactVLA:
     """A VLA from the folder of a run, or from its ``vla/``; in eval mode.
 
     Args:
         folder: where it is.
+        encoder: needed only if the VLA was trained with a module of yours as its encoder; taken over.
         device: where it is put.
 
     Raises:
         FileNotFoundError: no VLA there.
         CheckpointError: damaged files, or weights that do not fit the spec.
+        ValueError: the encoder is a module of yours and was not passed.
     """
     folder = find_folder(folder, _NAME, "VLA")
     spec = read_spec(folder / f"{_NAME}.json", VLASpec.from_dict)
-    vla = CompactVLA(spec, rebuild_encoder(spec.encoder))
+    if encoder is None and not spec.encoder.architecture:
+        raise ValueError(
+            f"the encoder of {folder} was a module of yours ({spec.encoder.source}), which timm cannot build; pass it: "
+            "load_vla(folder, encoder=module)"
+        )
+    model = (
+        rebuild_encoder(spec.encoder) if encoder is None else create_model(encoder, image_size=spec.encoder.image_size)
+    )
+    vla = CompactVLA(spec, model)
     load_weights(vla, folder / f"{_NAME}.safetensors", "VLA")
     return vla.to(device).eval()

@@ -172,14 +172,15 @@ class MultiTaskLoader:
         tasks = torch.arange(first, first + self.batch_size) % len(self.data.tasks)
         local = torch.tensor([self._sample(first + i) for i in range(self.batch_size)])
         ids = local + self.data.starts[tasks]
-        images, state, actions = [], [], []
-        for task, number in zip(tasks.tolist(), local):
-            windows = self.data.windows[task]
-            images.append(windows.images[number][:, None])  # [K, 1, h, w, 3]
-            state.append(windows.state[number][None])
-            actions.append(windows.actions[windows.predicted(number[None])[0]])
+        parts = []
+        for task, windows in enumerate(self.data.windows):
+            rows = local[tasks == task]
+            actions = windows.actions[windows.predicted(rows)]
+            parts.append((windows.images[rows][:, :, None], windows.state[rows][:, None], actions))
+        order = tasks.argsort(stable=True).argsort()  # from one task after the other to rows
+        images, state, actions = (torch.cat(part)[order] for part in zip(*parts))
         told = [self._sentence(step, task, number) for task, number in zip(tasks.tolist(), ids.tolist())]
-        return VLABatch(ids, torch.stack(images), torch.stack(state), torch.stack(actions), torch.stack(told), tasks)
+        return VLABatch(ids, images, state, actions, torch.stack(told), tasks)
 
     def _sample(self, row: int) -> int:
         """Sample of a row, counted from the start of its task."""
