@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 
-from xdfast import DistillConfig, PolicyConfig, __version__
+from xdfast import DistillConfig, PolicyConfig, VLAConfig, __version__
 from xdfast.cli import main
 from xdfast.data import augment_preset
 from xdfast.pipeline.config import load_yaml
@@ -108,6 +108,9 @@ def test_every_recipe_is_a_valid_config(name) -> None:
         SuiteConfig.from_dict({"out": "o", "encoders": {"scratch": "resnet18"}, **values}, source=name).validate()
         return
     assert verb in ("distill", "finetune")
+    if "tasks" in values:
+        VLAConfig.from_dict({"out": "o", **values}, source=name).validate()
+        return
     if verb == "finetune":  # of a policy
         PolicyConfig.from_dict({"task": "drawer-open", "out": "o", **values}, source=name).validate()
         return

@@ -15,7 +15,7 @@ __all__ = ["main"]
 
 _VERBS = {
     "distill": "a student learns from a frozen teacher",
-    "finetune": "supervised training of one model; with --task, of a robot's policy from demonstrations",
+    "finetune": "supervised training of one model; with --task (or --tasks), of a robot's policy from demonstrations",
     "evaluate": "top-1/5, k-NN, linear probe, CKA of a run or model; success rate of a robot's policy",
     "suite": "several encoders on many robot tasks, run side by side and continued, with one report",
     "report": "one HTML page and a JSON from finished runs",
@@ -106,9 +106,9 @@ def _distill(args: list[str]) -> None:
 
 
 def _finetune(args: list[str]) -> None:
-    from xdfast.pipeline import FinetuneConfig, PolicyConfig, finetune
+    from xdfast.pipeline import FinetuneConfig, PolicyConfig, VLAConfig, finetune
 
-    cls = PolicyConfig if _names_a_task(args) else FinetuneConfig
+    cls: Any = VLAConfig if _names(args, "tasks") else PolicyConfig if _names(args, "task", "demos") else FinetuneConfig
     _finish(finetune(parse_config(cls, args, "finetune")))
 
 
@@ -119,15 +119,15 @@ def _evaluate(args: list[str]) -> None:
     _finish(evaluate(parse_config(cls, args, "evaluate")))
 
 
-def _names_a_task(args: list[str]) -> bool:
-    """Whether ``finetune`` is asked to train a robot's policy: by ``--task``, or by a recipe with a task."""
-    if any(arg == "--task" or arg.startswith("--task=") for arg in args):
+def _names(args: list[str], option: str, *others: str) -> bool:
+    """Whether ``--option`` is among the arguments, or the option (or one of ``others``) in the recipe they name."""
+    if any(arg == f"--{option}" or arg.startswith(f"--{option}=") for arg in args):
         return True
     from xdfast.pipeline.config import load_yaml
     from xdfast.recipes import recipe_path
 
     recipe = _option(args, "--recipe")
-    return recipe is not None and {"task", "demos"} & set(load_yaml(recipe_path(recipe))) != set()
+    return recipe is not None and {option, *others} & set(load_yaml(recipe_path(recipe))) != set()
 
 
 def _names_a_policy(args: list[str]) -> bool:
@@ -137,7 +137,7 @@ def _names_a_policy(args: list[str]) -> bool:
     from xdfast.pipeline.config import load_yaml
 
     file = Path(_option(args, "--model") or ".") / "config.yaml"
-    return file.is_file() and load_yaml(file).get("kind") == "policy"
+    return file.is_file() and load_yaml(file).get("kind") in ("policy", "vla")
 
 
 def _option(args: list[str], name: str) -> str | None:

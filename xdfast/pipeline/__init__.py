@@ -9,6 +9,7 @@ from xdfast.pipeline.finetune import finetune
 from xdfast.pipeline.folder import RunResult, load_run
 from xdfast.pipeline.policy_config import EvaluatePolicyConfig, PolicyConfig
 from xdfast.pipeline.report import report
+from xdfast.pipeline.vla_config import VLAConfig
 
 __all__ = [
     "DistillConfig",
@@ -18,6 +19,7 @@ __all__ = [
     "FinetuneConfig",
     "PolicyConfig",
     "RunResult",
+    "VLAConfig",
     "distill",
     "evaluate",
     "finetune",

@@ -223,7 +223,7 @@ def evaluate(
 
 
 def _is_policy(model: Any, run: RunResult | None) -> bool:
-    if isinstance(model, EvaluatePolicyConfig) or (run is not None and run.kind == "policy"):
+    if isinstance(model, EvaluatePolicyConfig) or (run is not None and run.kind in ("policy", "vla")):
         return True
     return isinstance(model, nn.Module) and type(model).__name__ == "DiffusionPolicy"
 

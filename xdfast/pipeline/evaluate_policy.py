@@ -94,9 +94,10 @@ def evaluate_policy(
         )
     if run is None and policy is None:
         run = load_run(config.model)
+    told = run is not None and run.kind == "vla"
     if policy is None:
         assert run is not None
-        policy = load_policy(_which(run.path, config.which))
+        policy = _told_policy(run, config) if told else load_policy(_which(run.path, config.which))
     task = config.task or policy.spec.task
     if not task:
         raise ValueError(
@@ -104,10 +105,13 @@ def evaluate_policy(
         )
     task = task_spec(task).name
     check_task(policy, task)
-    if policy.spec.task and policy.spec.task != task:
+    if policy.spec.task and task not in policy.spec.task.split(", "):
         log.warning("the policy learned %s, it is evaluated on %s", policy.spec.task, task)
     out = Path(config.out).expanduser() if config.out else run.path if run is not None else None
     name = run.path.name if run is not None else "policy"
+    if told and not config.out:
+        assert out is not None
+        out = out / "tasks" / task_spec(task).env
     device = distributed.device_for_rank(config.device)
     key = {
         "policy": weights_hash(policy),
@@ -157,6 +161,17 @@ def load_policy_evaluation(path: Path) -> PolicyEvaluation | None:
     return PolicyEvaluation(**{**json.loads(file.read_text(encoding="utf-8")), "path": path})
 
 
+def _told_policy(run: RunResult, config: EvaluatePolicyConfig) -> Any:
+    """A policy of several tasks, told what the task asks for."""
+    if config.task is None:
+        raise ValueError(
+            f"{run.path} knows {len(run.policy.spec.tasks)} tasks; name one: task={run.policy.spec.tasks[0]!r}"
+        )
+    if config.which == "best":
+        raise ValueError("of a policy of several tasks the last one is kept; leave out which='best'")
+    return run.policy.for_task(config.task)
+
+
 def _which(folder: Path, which: str) -> Path:
     if which == "last":
         return folder / "policy"
@@ -187,7 +202,7 @@ def _film(
     names = [f"{'success' if r.success else 'failure'}-{r.seed}" for r in chosen]
     if not policy.spec.cameras:
         return {}, ""
-    saliency = config.saliency and _can_explain()
+    saliency = config.saliency and isinstance(policy, DiffusionPolicy) and _can_explain()
     with tempfile.TemporaryDirectory() as aside:
         paths = [out / "videos" / f"{name}.mp4" for name in names]
         if not chosen and saliency:  # no video is wanted, but its observations are

@@ -14,6 +14,7 @@ from xdfast.pipeline.folder import RunResult, open_folder
 from xdfast.pipeline.policy_config import PolicyConfig
 from xdfast.pipeline.task import SupervisedTask
 from xdfast.pipeline.train_run import make_student, run_training, settings_of
+from xdfast.pipeline.vla_config import VLAConfig
 
 __all__ = ["finetune"]
 
@@ -41,7 +42,8 @@ def finetune(
         model: timm name, ``NAME@/path/weights``, folder of a run, an ``nn.Module``, a finished run, or a
             :class:`FinetuneConfig` or :class:`PolicyConfig` with everything.
         data, val_data: path or name as in :class:`FinetuneConfig`, or a torch dataset of (image, label).
-        settings: fields of :class:`FinetuneConfig`; of :class:`PolicyConfig` if ``task`` is among them.
+        settings: fields of :class:`FinetuneConfig`; of :class:`PolicyConfig` if ``task`` is among them, of
+            :class:`VLAConfig` if ``tasks`` is.
 
     Returns:
         :class:`RunResult` with ``.student`` (or ``.policy``), ``.metrics``, ``.path``.
@@ -50,6 +52,8 @@ def finetune(
         ValueError: a bad setting, or an ``out`` folder of another config.
         RuntimeError: the loss is not finite, or the resume file belongs to other data.
     """
+    if isinstance(model, VLAConfig) or "tasks" in settings:
+        return _finetune_vla(model, data, val_data, settings)
     if isinstance(model, PolicyConfig) or "task" in settings:
         return _finetune_policy(model, data, val_data, settings)
     config, model = (model, None) if isinstance(model, FinetuneConfig) else (None, model)
@@ -80,3 +84,17 @@ def _finetune_policy(model: Any, data: Any, val_data: Any, settings: dict[str, A
     from xdfast.pipeline.finetune_policy import finetune_policy  # needs the robot extra
 
     return finetune_policy(config, model)
+
+
+def _finetune_vla(model: Any, data: Any, val_data: Any, settings: dict[str, Any]) -> RunResult:
+    if data is not None or val_data is not None:
+        raise ValueError("a policy learns from demos=…, not from data and val_data, which are for images")
+    if "demos" in settings:
+        settings = {**settings, "demos": str(settings["demos"])}
+    if "tasks" in settings and not isinstance(settings["tasks"], str):
+        settings = {**settings, "tasks": tuple(settings["tasks"])}
+    config, model = (model, None) if isinstance(model, VLAConfig) else (None, model)
+    config = settings_of(VLAConfig, config, {"model": model}, {}, settings)
+    from xdfast.pipeline.finetune_vla import finetune_vla  # needs the robot extra
+
+    return finetune_vla(config, model)

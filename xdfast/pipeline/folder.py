@@ -2,6 +2,7 @@
 
 config.yaml       the settings          metrics.jsonl   rows of training and validation
 policy/           a robot's policy      policy-best/    the best in evaluations during training
+vla/              a policy of several tasks, told by a sentence
 resume.pt         to continue           student/        the result, loadable by plain timm
 summary.json      final figures; its presence means the run is finished
 projectors.safetensors                  of feature losses: student features → the teacher's
@@ -17,16 +18,13 @@ import shutil
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from xdfast import distributed
 from xdfast.models import FeatureModel, create_model
 from xdfast.models.checkpoint import atomic_write
 from xdfast.pipeline.config import RunConfig, load_yaml, save_yaml
 from xdfast.pipeline.journal import read_history
-
-if TYPE_CHECKING:
-    from xdfast.robot.policy import DiffusionPolicy
 
 __all__ = ["RunResult", "finish", "load_run", "model_source", "open_folder"]
 
@@ -44,6 +42,7 @@ _OURS = (
     "student",
     "policy",
     "policy-best",
+    "vla",
     "videos",
     "saliency.png",
     "episodes.jsonl",
@@ -56,7 +55,7 @@ class RunResult:
     """A finished ``distill`` or ``finetune`` run.
 
     Attributes:
-        kind: "distill", "finetune" or "policy".
+        kind: "distill", "finetune", "policy" or "vla".
         path: its folder.
         config: the settings, plain values.
         metrics: final figures: top1, top5, loss (validation), seconds, images_per_s, steps; of a policy success,
@@ -73,13 +72,17 @@ class RunResult:
     @cached_property
     def student(self) -> FeatureModel:
         """The trained model with its own normalisation, in eval mode; ``.student.net`` is the plain timm model."""
-        if self.kind == "policy":
+        if self.kind in ("policy", "vla"):
             raise AttributeError(f"{self.path} is the run of a policy: it has a .policy, no .student")
         return create_model(str(self.path / "student")).eval()
 
     @cached_property
-    def policy(self) -> DiffusionPolicy:
-        """The trained policy of a robot's run, in eval mode."""
+    def policy(self) -> Any:
+        """The trained policy of a robot's run, in eval mode: a DiffusionPolicy, or a CompactVLA of several tasks."""
+        if self.kind == "vla":
+            from xdfast.robot.vla import load_vla
+
+            return load_vla(self.path)
         if self.kind != "policy":
             raise AttributeError(f"{self.path} is a {self.kind} run: it has a .student, no .policy")
         from xdfast.robot.policy_files import load_policy

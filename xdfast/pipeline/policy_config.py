@@ -8,14 +8,76 @@ from typing import Any, ClassVar, Literal
 from xdfast.pipeline.config import RunConfig, _Config
 from xdfast.settings import FREE_SETTINGS
 
-__all__ = ["EvaluatePolicyConfig", "PolicyConfig"]
+__all__ = ["EvaluatePolicyConfig", "PolicyConfig", "StepsConfig"]
 
 #: Seeds of evaluation episodes start here, far from those of demonstrations (which start at 0).
 EVAL_SEED = 100_000
 
 
 @dataclass(kw_only=True)
-class PolicyConfig(RunConfig):
+class StepsConfig(RunConfig):
+    """What trainings have that count updates instead of epochs."""
+
+    batch_size: int = 32
+    """Samples per step and process."""
+    steps: int = 1500
+    """Optimiser updates."""
+    warmup_steps: int = 50
+    evaluate_every: int | None = None
+    """Updates between closed-loop evaluations; default: only at the end. The best policy is kept beside the last."""
+    optimizer: str = "adamw"
+    lr: float = 5e-4
+    weight_decay: float = 1e-6
+    clip_grad: float | None = 1.0
+    min_lr: float = 0.0
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    """Mixed precision of the encoder; on a GPU of the denoiser, too."""
+    ema: float | None = 0.9999
+    """Largest decay of the moving average that becomes the policy."""
+    ema_power: float = 0.75
+    """The decay after k updates is 1 - (1 + k) ** -ema_power, if that is less."""
+    channels_last: bool = True
+    workers: int | Literal["auto"] = "auto"
+    """Processes that collect demonstrations and simulate."""
+    device: str = "auto"
+    """"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1"…"""
+    seed: int = 0
+    """Same seed, same result."""
+
+    # Of the loop; a policy has no use for another value.
+    parallel: ClassVar[str] = "ddp"
+    sync_batchnorm: ClassVar[bool] = False
+    overlap: ClassVar[bool] = False
+    eval_every: ClassVar[int] = 1
+    decay_epochs: ClassVar[int] = 1
+
+    @property
+    def epoch_steps(self) -> int:
+        """Updates in what the loop calls an epoch: from one evaluation to the next."""
+        return self.evaluate_every or self.steps
+
+    @property
+    def epochs(self) -> int:
+        """Of the loop."""
+        return self.steps // self.epoch_steps
+
+    @property
+    def warmup_epochs(self) -> float:
+        """Of the loop, in the same unit."""
+        return self.warmup_steps / self.epoch_steps
+
+    def _validate_steps(self) -> None:
+        self._validate_run()
+        self._positive("batch_size", "steps", "evaluate_every", "ema_power")
+        self._not_negative("warmup_steps")
+        if self.steps % self.epoch_steps:
+            raise ValueError(f"evaluate_every ({self.evaluate_every}) must divide steps ({self.steps})")
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below steps ({self.steps})")
+
+
+@dataclass(kw_only=True)
+class PolicyConfig(StepsConfig):
     """A diffusion policy learns from demonstrations, together with the encoder of its pictures.
 
     The defaults train a ResNet-18 on two CPU cores in minutes; recipe ``policy-gpu`` has the field's.
@@ -74,13 +136,6 @@ class PolicyConfig(RunConfig):
     """Draws of noise and diffusion step per encoded picture and update."""
     feature_crops: int = 8
     """Frozen encoder: so many fixed crops of every frame, one of which is drawn per sample."""
-    batch_size: int = 32
-    """Samples per step and process."""
-    steps: int = 1500
-    """Optimiser updates."""
-    warmup_steps: int = 50
-    evaluate_every: int | None = None
-    """Updates between closed-loop evaluations; default: only at the end. The best policy is kept beside the last."""
     episodes: int = 20
     """Episodes of an evaluation; 0: none."""
     eval_seed: int = EVAL_SEED
@@ -89,47 +144,8 @@ class PolicyConfig(RunConfig):
     """Longest episode; default: the task's."""
     envs: int | None = None
     """Episodes simulated side by side; default: up to 10, fewer where memory or cores are few."""
-    optimizer: str = "adamw"
-    lr: float = 5e-4
-    weight_decay: float = 1e-6
-    clip_grad: float | None = 1.0
-    min_lr: float = 0.0
-    amp: Literal["none", "bf16", "fp16"] = "none"
-    """Mixed precision of the encoder; on a GPU of the denoiser, too."""
-    ema: float | None = 0.9999
-    """Largest decay of the moving average that becomes the policy."""
-    ema_power: float = 0.75
-    """The decay after k updates is 1 - (1 + k) ** -ema_power, if that is less."""
-    channels_last: bool = True
-    workers: int | Literal["auto"] = "auto"
-    """Processes that collect demonstrations and simulate."""
-    device: str = "auto"
-    """"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1"…"""
-    seed: int = 0
-    """Same seed, same result."""
 
     FREE: ClassVar[frozenset[str]] = FREE_SETTINGS | {"envs"}
-    # Of the loop; a policy has no use for another value.
-    parallel: ClassVar[str] = "ddp"
-    sync_batchnorm: ClassVar[bool] = False
-    overlap: ClassVar[bool] = False
-    eval_every: ClassVar[int] = 1
-    decay_epochs: ClassVar[int] = 1
-
-    @property
-    def epoch_steps(self) -> int:
-        """Updates in what the loop calls an epoch: from one evaluation to the next."""
-        return self.evaluate_every or self.steps
-
-    @property
-    def epochs(self) -> int:
-        """Of the loop."""
-        return self.steps // self.epoch_steps
-
-    @property
-    def warmup_epochs(self) -> float:
-        """Of the loop, in the same unit."""
-        return self.warmup_steps / self.epoch_steps
 
     def validate(self) -> None:
         """Checks every value before any work.
@@ -139,21 +155,16 @@ class PolicyConfig(RunConfig):
         """
         from xdfast.robot.diffusion import DiffusionSettings
 
-        self._validate_run()
+        self._validate_steps()
         self._positive(
             "demo_limit", "image_size", "crop", "model_size", "encoder_lr", "n_obs", "horizon", "n_action", "feature_dim",
-            "kernel_size", "noise_draws", "feature_crops", "batch_size", "steps", "evaluate_every", "max_steps", "envs",
-            "ema_power",
+            "kernel_size", "noise_draws", "feature_crops", "max_steps", "envs",
         )  # fmt: skip
-        self._not_negative("warmup_steps", "episodes", "eval_seed", "demo_seed")
+        self._not_negative("episodes", "eval_seed", "demo_seed")
         self._one_of("encoder", ("joint", "frozen"))
         self._one_of("norm", ("auto", "frozen", "group", "batch"))
-        if self.steps % self.epoch_steps:
-            raise ValueError(f"evaluate_every ({self.evaluate_every}) must divide steps ({self.steps})")
         if self.crop is not None and self.image_size is not None and self.crop > self.image_size:
             raise ValueError(f"crop ({self.crop}) must not exceed image_size ({self.image_size})")
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below steps ({self.steps})")
         if self.encoder == "frozen" and self.encoder_lr is not None:
             raise ValueError("encoder_lr has no meaning with encoder='frozen'; leave one of them out")
         if self.demos.isdigit() and int(self.demos) < 1:

@@ -61,6 +61,12 @@ def report(
     if not listed:
         raise ValueError("report needs at least one finished run or its folder")
     found = [run if isinstance(run, RunResult) else load_run(run) for run in listed]
+    told = [run.path for run in found if run.kind == "vla"]
+    if told:
+        raise ValueError(
+            f"{told[0]} is a policy of several tasks, which the report page does not show yet; its evaluations are in "
+            f"{told[0] / 'tasks'}"
+        )
     policies = [run for run in found if run.kind == "policy"]
     found = [run for run in found if run.kind != "policy"]
     records = records_of(found)
