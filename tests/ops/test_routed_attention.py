@@ -11,22 +11,9 @@ from tolerances import TOLERANCES, relative
 
 import xdfast
 from xdfast.ops import routed_attention
+from xdfast.ops.routed.reference import attention_reference
 
 backends = pytest.mark.parametrize("backend", routed_backends())
-
-
-def literal(q, k, v, offsets_q, offsets_k, scale, causal):
-    """The equation, sample by sample."""
-    out = torch.zeros_like(q)
-    groups = q.shape[1] // k.shape[1]
-    for b in range(len(offsets_q) - 1):
-        rows_q, rows_k = slice(*offsets_q[b : b + 2].tolist()), slice(*offsets_k[b : b + 2].tolist())
-        keys, values = (t[rows_k].repeat_interleave(groups, 1) for t in (k, v))
-        scores = torch.einsum("ihd,jhd->hij", q[rows_q], keys) * scale
-        if causal:
-            scores = scores.masked_fill(torch.ones_like(scores[0]).triu(1).bool(), float("-inf"))
-        out[rows_q] = torch.einsum("hij,jhd->ihd", scores.softmax(-1), values)
-    return out
 
 
 @backends
@@ -51,7 +38,7 @@ def test_attention_equals_the_equation(backend, dtype, lengths, kv, groups, widt
         direction[rows:] = 0
         gradients = torch.autograd.grad(out, (q, k, v), direction)
     exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
-    expected = literal(*exact, offsets, offsets, 0.3, causal)
+    expected = attention_reference(*exact, offsets, offsets, 0.3, causal)
     assert out.shape == q.shape and out.is_contiguous() and out.dtype == dtype
     promise = TOLERANCES["routed", dtype]
     assert relative(out[:rows], expected[:rows]) < promise
@@ -68,7 +55,7 @@ def test_queries_of_some_rows_see_the_keys_of_all(backend) -> None:
     q, k, v = torch.randn(5, 4, 8), torch.randn(12, 2, 8), torch.randn(12, 2, 8)
     with xdfast.backend(backend):
         out = routed_attention(q, k, v, offsets_q, offsets_k)
-    exact = literal(q.double(), k.double(), v.double(), offsets_q, offsets_k, 8**-0.5, False)
+    exact = attention_reference(q.double(), k.double(), v.double(), offsets_q, offsets_k, 8**-0.5, False)
     assert relative(out, exact) < TOLERANCES["routed", torch.float32]
 
 
@@ -82,7 +69,10 @@ def test_large_scores_do_not_overflow_and_nan_stays_with_its_sample(backend) -> 
     assert out[:4].isfinite().all() and out[5].isfinite().all()
     if backend == "cpp":  # torch's own kernel turns such a row into zeros
         assert out[4].isnan().all()
-    assert relative(out[:3], literal(q.double(), k.double(), v.double(), offsets, offsets, 8**-0.5, False)[:3]) < 1e-4
+    assert (
+        relative(out[:3], attention_reference(q.double(), k.double(), v.double(), offsets, offsets, 8**-0.5, False)[:3])
+        < 1e-4
+    )
 
 
 def test_gradients_by_finite_differences_and_torchs_rules() -> None:

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["activate", "linear_residual_reference", "ln_linear_reference", "norm_reference", "rows_of"]
+__all__ = [
+    "activate",
+    "attention_reference",
+    "linear_residual_reference",
+    "ln_linear_reference",
+    "norm_reference",
+    "rows_of",
+]
 
 
 def rows_of(index: Tensor, units: int, rows_per_unit: int) -> Tensor:
@@ -62,3 +69,19 @@ def linear_residual_reference(
     if gate is not None:
         y = gate[units, None].to(y.dtype) * y
     return x.index_add(0, rows, y.to(x.dtype))
+
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, offsets_q: Tensor, offsets_k: Tensor, scale: float, causal: bool
+) -> Tensor:
+    """softmax(s q kᵀ) v sample by sample; rows that no offset reaches are 0."""
+    out = torch.zeros_like(q)
+    groups = q.shape[1] // k.shape[1]
+    for b in range(len(offsets_q) - 1):
+        rows_q, rows_k = (slice(*offsets[b : b + 2].tolist()) for offsets in (offsets_q, offsets_k))
+        keys, values = (t[rows_k].repeat_interleave(groups, 1) for t in (k, v))
+        scores = torch.einsum("ihd,jhd->hij", q[rows_q], keys) * scale
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores[0]).triu(1).bool(), float("-inf"))
+        out[rows_q] = torch.einsum("hij,jhd->ihd", scores.softmax(-1), values)
+    return out
