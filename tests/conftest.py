@@ -17,7 +17,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")  # fixtures of a module ask for it, too: a sum in another order is another run
 def one_thread() -> Iterator[None]:
     """Small models: a second thread gains nothing, and waits where another process has the core."""
     threads = torch.get_num_threads()

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from xdfast.cli import parse_config
-from xdfast.pipeline import DistillConfig, EvaluateConfig, FinetuneConfig, PolicyConfig
+from xdfast.pipeline import DistillConfig, EvaluateConfig, FinetuneConfig, PolicyConfig, VLAConfig
 from xdfast.recipes import recipe_names, recipe_path
 
 BASE = {"teacher": "a", "student": "b", "data": "c", "out": "d"}
@@ -43,7 +43,10 @@ def test_yaml_round_trip(tmp_path) -> None:
 @pytest.mark.parametrize("name", [name for name in recipe_names() if not name.startswith("suite-")])
 def test_every_shipped_recipe_makes_a_valid_config(name) -> None:
     values = yaml.safe_load(recipe_path(name).read_text())
-    if values["verb"] == "finetune":  # of a policy
+    if "tasks" in values:
+        config = parse_config(VLAConfig, ["--recipe", name, "--out", "o"], "finetune")
+        assert config.steps == values["steps"] and list(config.tasks) == values["tasks"]
+    elif values["verb"] == "finetune":  # of a policy
         flags = ["--recipe", name, "--task", "drawer-open", "--out", "o"]
         config = parse_config(PolicyConfig, flags, "finetune")
         assert config.steps == values["steps"] and config.unet_widths == tuple(values["unet_widths"])

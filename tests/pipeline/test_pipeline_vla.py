@@ -29,7 +29,7 @@ def demos(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def run(demos, tmp_path_factory):
+def run(demos, tmp_path_factory, one_thread):
     out = tmp_path_factory.mktemp("runs") / "vla"
     return xdfast.finetune("test_resnet", tasks=["drawer-open", "drawer-close"], demos=demos, out=str(out), **SMALL)
 
