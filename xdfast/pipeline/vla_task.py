@@ -46,5 +46,5 @@ class VLATask(TrainingTask):
         # every rank has rows in every step: see MultiTaskLoader
         assert targets is not None and state is not None and instruction is not None
         vla = self.student
-        chunk = vla.decode(vla.layers(vla.tokens(vla.features(images), state, instruction)))
-        return {"loss": vla.action_loss(chunk, targets)}
+        tokens = vla.layers(vla.tokens(vla.features(images), state, instruction))
+        return {"loss": vla.chunk_loss(tokens, targets)}

@@ -174,7 +174,11 @@ class CompactVLA(nn.Module):
         Raises:
             ValueError: actions that are not finite, or of another shape; observations as in :meth:`embed`.
         """
-        return self.action_loss(self.actions(batch), batch.actions)  # type: ignore[attr-defined]
+        return self.chunk_loss(self.layers(self.embed(batch)), batch.actions)  # type: ignore[attr-defined]
+
+    def chunk_loss(self, tokens: Tensor, actions: Tensor) -> Tensor:
+        """:meth:`loss` from the tokens after the last layer ``[B, T, D]`` and raw actions ``[B, H, A]``; same errors."""
+        return self.action_loss(self.decode(tokens), actions)
 
     def action_loss(self, predicted: Tensor, actions: Tensor) -> Tensor:
         """The same of a chunk that was predicted already, normalised ``[B, H, A]``, and raw actions."""
