@@ -5,6 +5,7 @@ And the graph heads that read from a policy's layers what they say about the act
 from __future__ import annotations
 
 from xdfast.nn.aad import AAD
+from xdfast.nn.baseline_routers import RandomRouter, StaticRouter, block_influence, most_influential
 from xdfast.nn.calibrate import Calibration, calibrate_flops, select_per_sample
 from xdfast.nn.calibrated_model import calibrate_model
 from xdfast.nn.convert import Routed, route
@@ -24,11 +25,15 @@ __all__ = [
     "GraphEncapsulation",
     "LatencyCalibration",
     "LayerRouter",
+    "RandomRouter",
     "Routed",
+    "StaticRouter",
+    "block_influence",
     "calibrate_flops",
     "calibrate_latency",
     "calibrate_model",
     "fixed_gates",
+    "most_influential",
     "route",
     "routed_stacks",
     "select_per_sample",

@@ -13,7 +13,7 @@ from torch import nn
 from xdfast._version import __version__
 from xdfast.models.checkpoint import CheckpointError, atomic_write
 
-__all__ = ["find_folder", "load_weights", "read_spec", "write_model"]
+__all__ = ["find_folder", "load_weights", "read_entry", "read_spec", "write_model"]
 
 S = TypeVar("S")
 
@@ -57,6 +57,11 @@ def read_spec(file: Path, make: Callable[[dict[str, Any]], S]) -> S:
         return make(json.loads(file.read_text(encoding="utf-8"))["spec"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged ({type(error).__name__}: {error}); copy or train it again") from error
+
+
+def read_entry(file: Path, name: str) -> Any:
+    """What :func:`write_model` was given as ``extra[name]``; None if it was not. The spec was read before, so the file is sound."""
+    return json.loads(file.read_text(encoding="utf-8")).get(name)
 
 
 def load_weights(model: nn.Module, file: Path, what: str) -> None:

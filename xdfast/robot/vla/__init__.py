@@ -18,7 +18,10 @@ _NAMES = {
     "Tokenizer": "instructions",
     "VLABatch": "multitask",
     "VLASpec": "spec",
+    "ViewBatch": "views",
+    "ViewLoader": "views",
     "check_teacher": "interface",
+    "derive_student": "students",
     "hidden_states": "interface",
     "instructions_of": "instructions",
     "load_vla": "files",
@@ -35,7 +38,10 @@ __all__ = [
     "Tokenizer",
     "VLABatch",
     "VLASpec",
+    "ViewBatch",
+    "ViewLoader",
     "check_teacher",
+    "derive_student",
     "hidden_states",
     "instructions_of",
     "load_vla",
@@ -50,6 +56,8 @@ if TYPE_CHECKING:
     from xdfast.robot.vla.interface import Observation, TeacherVLA, check_teacher, hidden_states
     from xdfast.robot.vla.multitask import MultiTaskLoader, MultiTaskWindows, VLABatch
     from xdfast.robot.vla.spec import VLASpec
+    from xdfast.robot.vla.students import derive_student
+    from xdfast.robot.vla.views import ViewBatch, ViewLoader
 
 
 def __getattr__(name: str) -> Any:

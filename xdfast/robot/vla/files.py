@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from xdfast.models import create_model
+from xdfast.models.checkpoint import CheckpointError
 from xdfast.robot.encoder import rebuild_encoder
-from xdfast.robot.model_files import find_folder, load_weights, read_spec, write_model
+from xdfast.robot.model_files import find_folder, load_weights, read_entry, read_spec, write_model
 from xdfast.robot.vla.compact import CompactVLA
 from xdfast.robot.vla.spec import VLASpec
+from xdfast.robot.vla.students import rebuild_route, route_facts
 
 __all__ = ["load_vla", "save_vla"]
 
@@ -20,24 +22,23 @@ _NAME = "vla"
 
 
 def save_vla(vla: CompactVLA, folder: str | Path, *, extra: dict[str, Any] | None = None) -> Path:
-    """Writes weights (normalisation included), spec and vocabulary; each file whole or not at all.
+    """Writes weights (normalisation included), spec and vocabulary; of a routed one its router; each file whole or not at all.
 
     Args:
-        vla: what to save; not routed (:func:`xdfast.save_routed` is for those).
+        vla: what to save.
         folder: made if missing.
         extra: JSON-able facts to keep, such as settings and metrics.
 
     Raises:
-        ValueError: it is routed.
+        ValueError: its router is of a class of yours.
         CheckpointError: the files cannot be written.
     """
-    if hasattr(vla, "xdfast_route"):
-        raise ValueError("this VLA is routed; xdfast.save_routed keeps its router, too")
-    return write_model(vla, vla.spec.to_dict(), folder, _NAME, extra or {})
+    routed = {"route": route_facts(vla)} if hasattr(vla, "xdfast_route") else {}
+    return write_model(vla, vla.spec.to_dict(), folder, _NAME, {**(extra or {}), **routed})
 
 
 def load_vla(folder: str | Path, *, encoder: nn.Module | None = None, device: torch.device | str = "cpu") -> CompactVLA:
-    """A VLA from the folder of a run, or from its ``vla/``; in eval mode.
+    """A VLA from the folder of a run, or from its ``vla/``, routed if it was; in eval mode.
 
     Args:
         folder: where it is.
@@ -60,5 +61,13 @@ def load_vla(folder: str | Path, *, encoder: nn.Module | None = None, device: to
         rebuild_encoder(spec.encoder) if encoder is None else create_model(encoder, image_size=spec.encoder.image_size)
     )
     vla = CompactVLA(spec, model)
+    options = read_entry(folder / f"{_NAME}.json", "route")
+    if options is not None:
+        try:
+            rebuild_route(vla, options)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder / _NAME}.json is damaged (route: {error}); copy or train it again"
+            ) from error
     load_weights(vla, folder / f"{_NAME}.safetensors", "VLA")
     return vla.to(device).eval()

@@ -168,10 +168,21 @@ class MultiTaskLoader:
 
     def batch(self, step: int) -> VLABatch:
         """The batch of a step, counted from the start of the run."""
+        tasks, local, _ = self._drawn(step)
+        numbers = (local + self.data.starts[tasks]).tolist()
+        told = [self._sentence(step, task, number) for task, number in zip(tasks.tolist(), numbers)]
+        return VLABatch(*self._gathered(tasks, local), torch.stack(told), tasks)
+
+    def _drawn(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(task, sample within it, pass over the task's samples) of each row, int64 ``[B]``."""
         first = step * self.batch_size * self._world + self._rank * self.batch_size
-        tasks = torch.arange(first, first + self.batch_size) % len(self.data.tasks)
-        local = torch.tensor([self._sample(first + i) for i in range(self.batch_size)])
-        ids = local + self.data.starts[tasks]
+        rows = range(first, first + self.batch_size)
+        places = [self._place(row) for row in rows]
+        tasks = torch.tensor([row % len(self.data.tasks) for row in rows])
+        return tasks, torch.tensor([sample for sample, _ in places]), torch.tensor([number for _, number in places])
+
+    def _gathered(self, tasks: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(ids, images, state, actions) of samples, given by task and number within it."""
         parts = []
         for task, windows in enumerate(self.data.windows):
             rows = local[tasks == task]
@@ -179,17 +190,16 @@ class MultiTaskLoader:
             parts.append((windows.images[rows][:, :, None], windows.state[rows][:, None], actions))
         order = tasks.argsort(stable=True).argsort()  # from one task after the other to rows
         images, state, actions = (torch.cat(part)[order] for part in zip(*parts))
-        told = [self._sentence(step, task, number) for task, number in zip(tasks.tolist(), ids.tolist())]
-        return VLABatch(ids, images, state, actions, torch.stack(told), tasks)
+        return local + self.data.starts[tasks], images, state, actions
 
-    def _sample(self, row: int) -> int:
-        """Sample of a row, counted from the start of its task."""
+    def _place(self, row: int) -> tuple[int, int]:
+        """(sample, pass over the samples) of a row; the sample is counted from the start of its task."""
         position, task = divmod(row, len(self.data.tasks))
         count = len(self.data.windows[task])
         number, offset = divmod(position, count)
         if task not in self._passes or self._passes[task][0] != number:
             self._passes[task] = number, np.random.default_rng((self._seed, 0, task, number)).permutation(count)
-        return int(self._passes[task][1][offset])
+        return int(self._passes[task][1][offset]), number
 
     def _sentence(self, step: int, task: int, number: int) -> Tensor:
         ways = self._encoded[task]
