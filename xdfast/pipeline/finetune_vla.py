@@ -19,6 +19,7 @@ from xdfast.pipeline.task import seed_everything
 from xdfast.pipeline.vla_config import VLAConfig
 from xdfast.pipeline.vla_task import VLATask
 from xdfast.robot.demos.open import Demonstrations, open_demos
+from xdfast.robot.diffusion import DiffusionSettings
 from xdfast.robot.encoder import build_encoder
 from xdfast.robot.rollout import check_task, rollout
 from xdfast.robot.sim.names import task_spec
@@ -75,9 +76,8 @@ def finetune_vla(config: VLAConfig, model: Any = None) -> RunResult:
         return _success(net, names, config, device) if config.episodes else {}
 
     with alone_in(out):
-        result = train(
-            VLATask(vla), loader, config, out, device=device, validate=validate, identity=identity, title=out.name
-        )
+        task = VLATask(vla, config.noise_draws)
+        result = train(task, loader, config, out, device=device, validate=validate, identity=identity, title=out.name)
     if distributed.is_main():
         facts = {"kind": "vla", "config": config.to_dict(), "metrics": result.metrics}
         save_vla(result.module, out / "vla", extra=facts)
@@ -138,10 +138,19 @@ def _build(
         level=config.level,
         objective=config.objective,
         fps=int(demos[0].fps or 0),
+        diffusion=_diffusion(config),
+        denoiser_width=config.denoiser_width,
+        denoiser_depth=config.denoiser_depth,
     )
     vla = CompactVLA(spec, encoder)
     data.fit(vla)
     return vla
+
+
+def _diffusion(config: VLAConfig) -> DiffusionSettings | None:
+    if config.objective != "diffusion":
+        return None
+    return DiffusionSettings(config.scheduler, config.prediction, config.train_steps, config.inference_steps)
 
 
 def _success(vla: CompactVLA, tasks: list[str], config: VLAConfig, device: torch.device) -> dict[str, float]:

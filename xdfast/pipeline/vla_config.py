@@ -48,7 +48,20 @@ class VLAConfig(StepsConfig):
     """Of them executed before the next decision."""
     text_length: int = 16
     """Words of an instruction, padding included."""
-    objective: Literal["l1", "smooth_l1"] = "l1"
+    objective: Literal["l1", "smooth_l1", "diffusion"] = "l1"
+    """Of the action head: regression, or a small denoiser of the chunk. The next seven settings are for diffusion alone."""
+    denoiser_width: int = 128
+    denoiser_depth: int = 3
+    """Blocks of the denoiser."""
+    scheduler: Literal["ddim", "ddpm"] = "ddim"
+    prediction: Literal["sample", "epsilon"] = "sample"
+    """What the denoiser predicts: the clean actions, or the noise."""
+    train_steps: int = 100
+    """Diffusion steps."""
+    inference_steps: int = 10
+    """Of them taken by a decision."""
+    noise_draws: int = 8
+    """Draws of noise and diffusion step per sample and update."""
     episodes: int = 0
     """Episodes of each task in an evaluation during training; 0: none."""
     eval_seed: int = EVAL_SEED
@@ -69,14 +82,17 @@ class VLAConfig(StepsConfig):
         Raises:
             ValueError: names the setting, its value and what is allowed.
         """
+        from xdfast.robot.diffusion import DiffusionSettings
+
         self._validate_steps()
         self._positive(
             "image_size", "crop", "encoder_lr", "width", "layers", "heads", "horizon", "n_action", "text_length", "max_steps",
-            "envs",
+            "envs", "denoiser_width", "denoiser_depth", "noise_draws",
         )  # fmt: skip
         self._not_negative("episodes", "eval_seed", "demo_seed")
         self._one_of("norm", ("auto", "frozen", "group", "batch"))
-        self._one_of("objective", ("l1", "smooth_l1"))
+        self._one_of("objective", ("l1", "smooth_l1", "diffusion"))
+        DiffusionSettings(self.scheduler, self.prediction, self.train_steps, self.inference_steps).validate()
         if not self.tasks or isinstance(self.tasks, str):
             raise ValueError(
                 f"tasks must be a list of tasks such as ['drawer-open', 'drawer-close'], got {self.tasks!r}"

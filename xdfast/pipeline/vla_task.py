@@ -1,4 +1,4 @@
-"""What the training of a compact VLA minimises: the distance of its action chunk from the demonstrated one."""
+"""What the training of a compact VLA minimises: its own loss of action chunks, regression or diffusion."""
 
 from __future__ import annotations
 
@@ -14,10 +14,19 @@ __all__ = ["VLATask"]
 
 
 class VLATask(TrainingTask):
-    """The regression loss of a VLA; its normalisation is fitted."""
+    """The loss of a VLA.
+
+    Args:
+        vla: what learns; its normalisation is fitted.
+        draws: of noise and diffusion step per sample, where it learns by diffusion.
+    """
 
     student: CompactVLA
     unit = "samples"
+
+    def __init__(self, vla: CompactVLA, draws: int = 8) -> None:
+        super().__init__(vla)
+        self.draws = draws
 
     def parameter_groups(self, config: Any) -> list[dict[str, Any]]:
         """The encoder, at its own rate, and the rest."""
@@ -47,4 +56,4 @@ class VLATask(TrainingTask):
         assert targets is not None and state is not None and instruction is not None
         vla = self.student
         tokens = vla.layers(vla.tokens(vla.features(images), state, instruction))
-        return {"loss": vla.chunk_loss(tokens, targets)}
+        return {"loss": vla.chunk_loss(tokens, targets, self.draws)}

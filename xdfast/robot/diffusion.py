@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 from xdfast._optional import require
 from xdfast.errors import nearest
-from xdfast.robot.unet1d import ConditionalUnet1d
 
-__all__ = ["PREDICTIONS", "SCHEDULERS", "Diffusion", "DiffusionSettings"]
+__all__ = ["PREDICTIONS", "SCHEDULERS", "Denoiser", "Diffusion", "DiffusionSettings"]
 
 SCHEDULERS = ("ddim", "ddpm")
 PREDICTIONS = ("sample", "epsilon")
@@ -55,6 +54,19 @@ class DiffusionSettings:
         return asdict(self)
 
 
+class Denoiser(Protocol):
+    """What :class:`Diffusion` repeats: a module in three parts, so that no part is computed more often than it has to be."""
+
+    def condition_part(self, condition: Tensor) -> Tensor:
+        """``[B, …, C]`` → ``[B, …, F]``."""
+
+    def time_part(self, steps: Tensor) -> Tensor:
+        """int64 ``[B]`` → ``[B, …, F]``, to be added to that."""
+
+    def denoise(self, actions: Tensor, film: Tensor) -> Tensor:
+        """Noisy actions ``[B, H, A]`` and the sum of both parts → what the scheduler asks for, ``[B, H, A]``."""
+
+
 class Diffusion(nn.Module):
     """A denoiser with its scheduler.
 
@@ -64,7 +76,7 @@ class Diffusion(nn.Module):
     capturable in a CUDA graph.
 
     Args:
-        unet: the denoiser.
+        unet: the denoiser, such as :class:`xdfast.robot.unet1d.ConditionalUnet1d`.
         settings: see :class:`DiffusionSettings`.
 
     Raises:
@@ -72,11 +84,12 @@ class Diffusion(nn.Module):
         ValueError: bad settings.
     """
 
+    unet: Any  # a Denoiser; whoever made it knows its sizes
     table: Tensor
     steps: Tensor
     alphas_cumprod: Tensor
 
-    def __init__(self, unet: ConditionalUnet1d, settings: DiffusionSettings) -> None:
+    def __init__(self, unet: Denoiser, settings: DiffusionSettings) -> None:
         super().__init__()
         settings.validate()
         self.unet, self.settings = unet, settings
@@ -93,7 +106,7 @@ class Diffusion(nn.Module):
 
         Args:
             actions: normalised, ``[B, H, A]``.
-            condition: ``[B, C]``.
+            condition: ``[B, C]``, or what the denoiser takes.
             draws: K.
 
         Returns:
@@ -101,7 +114,7 @@ class Diffusion(nn.Module):
         """
         film = self.unet.condition_part(condition)
         if draws > 1:
-            film, actions = film.repeat(draws, 1), actions.repeat(draws, 1, 1)
+            film, actions = film.repeat(draws, *[1] * (film.ndim - 1)), actions.repeat(draws, 1, 1)
         noise = torch.randn_like(actions)
         steps = torch.randint(0, self.settings.train_steps, (len(actions),), device=actions.device)
         keep = self.alphas_cumprod[steps][:, None, None]
@@ -116,7 +129,7 @@ class Diffusion(nn.Module):
         """Actions ``[B, H, A]`` in [-1, 1].
 
         Args:
-            condition: ``[B, C]``.
+            condition: as in :meth:`loss`.
             noise: standard normal ``[S + 1, B, H, A]`` for ddpm, ``[1, B, H, A]`` suffices for ddim: the start, then what
                 each step adds. Given from outside, so that an episode's noise does not depend on which others run beside it.
         """

@@ -121,7 +121,7 @@ class Latency:
         p50, p95: the whole decision, images in main memory to actions in main memory.
         encode: pictures to condition (median).
         denoise: condition to actions (median); of a VLA, its transformer and head.
-        steps: denoising steps; 1 for a VLA.
+        steps: denoising steps; 1 for a VLA that learned by regression.
         how: device and mode.
     """
 

@@ -51,13 +51,13 @@ class InstructedVLA(nn.Module):
         return self.vla.tokens(features, state, self.instruction.expand(len(state), -1))
 
     def core(self, condition: Tensor, noise: Tensor) -> Tensor:
-        """Tokens → normalised chunk ``[B, H, A]``; regression needs no noise."""
-        return self.vla.decode(self.vla.layers(condition))
+        """Tokens → normalised chunk ``[B, H, A]``."""
+        return self.vla.decode(self.vla.layers(condition), noise)
 
     @torch.no_grad()
-    def act(self, images: Tensor, state: Tensor) -> Tensor:
+    def act(self, images: Tensor, state: Tensor, noise: Tensor | None = None) -> Tensor:
         """As :meth:`CompactVLA.act`."""
-        return self.vla.act(images, state, self.instruction.expand(len(state), -1))
+        return self.vla.act(images, state, self.instruction.expand(len(state), -1), noise)
 
     def decide(self, images: Tensor | None, state: Tensor, noise: Tensor, sample: Any = None) -> Tensor:
         """:meth:`act` without checks that wait for the device."""
@@ -66,5 +66,5 @@ class InstructedVLA(nn.Module):
         return self.vla.unnormalised(chunk)
 
     def noise(self, batch: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """None is needed: ``[0, batch]``."""
-        return torch.empty(0, batch, device=device)
+        """As :meth:`CompactVLA.noise`; a closed loop seeds the generator by episode and decision."""
+        return self.vla.noise(batch, generator, device)

@@ -14,6 +14,7 @@ from xdfast.robot.normalize import MinMax
 from xdfast.robot.pictures import batch_of, check_pictures, crop_cameras
 from xdfast.robot.sim.names import task_spec
 from xdfast.robot.vla.acting import InstructedVLA
+from xdfast.robot.vla.denoiser import ChunkDenoiser, DiffusionHead
 from xdfast.robot.vla.instructions import Tokenizer
 from xdfast.robot.vla.interface import Observed
 from xdfast.robot.vla.spec import VLASpec
@@ -23,10 +24,12 @@ __all__ = ["CompactVLA"]
 
 #: Below it ``smooth_l1`` is quadratic, in units of the normalised actions.
 _BETA = 0.1
+#: Draws of noise and diffusion step per sample and update: the denoiser is cheap beside the tokens it is told.
+_DRAWS = 8
 
 
 class CompactVLA(nn.Module):
-    r"""Pictures, an instruction and proprioception in, a chunk of actions out, by regression.
+    r"""Pictures, an instruction and proprioception in, a chunk of actions out, by regression or diffusion.
 
     .. math::
         h_0 = [\,W_v\,\mathrm{norm}(\mathrm{enc}(I_k)) + p_v + c_k;\; E[w] + p_t;\; W_s s;\; q_1 \dots q_H\,], \quad
@@ -34,7 +37,9 @@ class CompactVLA(nn.Module):
 
     Every token sees every other one (full attention). Positions are learned embeddings, not rotations: there are always as
     many cells, words and queries. Padding of the instruction is a word like any other. The layers are timm's pre-norm blocks, so
-    ``xdfast.route(vla, blocks="layers", tokens=vla.num_tokens)`` gives them gates. It is a
+    ``xdfast.route(vla, blocks="layers", tokens=vla.num_tokens)`` gives them gates. With ``spec.objective="diffusion"`` a small
+    denoiser of the chunk takes the place of :math:`W_a`, conditioned on :math:`\mathrm{norm}(h_L)` at the queries: the
+    transformer runs once per decision, the denoiser S times. It is a
     :class:`xdfast.robot.vla.TeacherVLA`; normalisation of states and actions (min-max) is part of it and its files.
 
     Args:
@@ -42,11 +47,13 @@ class CompactVLA(nn.Module):
         encoder: taken over, not copied; what lies behind ``spec.level`` is cut off.
 
     Shape:
-        images uint8 [B, K, 1, H, W, 3]; state [B, 1, P]; instruction int64 [B, T_text]; actions [B, horizon, A].
+        images uint8 [B, K, 1, H, W, 3]; state [B, 1, P]; instruction int64 [B, T_text]; actions [B, horizon, A]; noise
+        [S, B, horizon, A], see :meth:`noise`.
         Tokens, in order: vision [K·h·w], text [T_text], state [1], queries [horizon].
 
     Raises:
         ValueError: sizes that do not fit together, or an encoder without feature maps.
+        ImportError: diffusion without diffusers.
 
     Example:
         >>> from xdfast.robot import build_encoder
@@ -78,7 +85,7 @@ class CompactVLA(nn.Module):
             *(Block(width, spec.heads, spec.mlp_ratio, qkv_bias=True) for _ in range(spec.layers))
         )
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, spec.action_dim)
+        self.head = nn.Linear(width, spec.action_dim) if spec.diffusion is None else _diffusion_head(spec)
         self.state_norm, self.action_norm = MinMax(spec.state_dim), MinMax(spec.action_dim)
         self._initialise()
 
@@ -123,13 +130,27 @@ class CompactVLA(nn.Module):
         """
         return self.tokens(self.features(batch.images), batch.state, batch.instruction)
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """``[B, T, D]`` after the last layer → normalised actions ``[B, H, A]``."""
-        return self.head(self.norm(tokens[:, -self.spec.horizon :]))
+    def decode(self, tokens: Tensor, noise: Tensor | None = None) -> Tensor:
+        """``[B, T, D]`` after the last layer → normalised actions ``[B, H, A]``, a function of tokens and noise.
 
-    def actions(self, batch: Observed) -> Tensor:
-        """Normalised actions ``[B, H, A]``; errors as in :meth:`embed`."""
-        return self.decode(self.layers(self.embed(batch)))
+        Args:
+            tokens: h_L.
+            noise: as :meth:`noise` gives it, for diffusion. None: zeros, the centre of the noise: always the same chunk, with
+                nothing drawn. Closed loops give each episode its own noise. Regression takes no notice.
+
+        Raises:
+            ValueError: noise of another shape.
+        """
+        asked = self.norm(tokens[:, -self.spec.horizon :])
+        if not isinstance(self.head, DiffusionHead):
+            return self.head(asked)
+        if noise is None:
+            noise = asked.new_zeros(self.head.noise_shape(len(asked)))
+        return self.head.sample(asked, noise)
+
+    def actions(self, batch: Observed, noise: Tensor | None = None) -> Tensor:
+        """Normalised actions ``[B, H, A]``; errors as in :meth:`embed` and :meth:`decode`."""
+        return self.decode(self.layers(self.embed(batch)), noise)
 
     def forward(self, batch: Observed) -> Tensor:
         """:meth:`actions`."""
@@ -166,7 +187,8 @@ class CompactVLA(nn.Module):
     # --- learning
 
     def loss(self, batch: Observed) -> Tensor:
-        r"""Mean distance of the normalised chunk from the demonstrated one, :math:`\mathrm{mean}\,|a - \hat a|` by default.
+        r"""Mean distance of the normalised chunk from the demonstrated one, :math:`\mathrm{mean}\,|a - \hat a|` by default; of a
+        policy that learns by diffusion, the denoiser's squared error at random steps.
 
         Args:
             batch: observations, with ``actions`` ``[B, H, A]``, raw.
@@ -176,13 +198,32 @@ class CompactVLA(nn.Module):
         """
         return self.chunk_loss(self.layers(self.embed(batch)), batch.actions)  # type: ignore[attr-defined]
 
-    def chunk_loss(self, tokens: Tensor, actions: Tensor) -> Tensor:
-        """:meth:`loss` from the tokens after the last layer ``[B, T, D]`` and raw actions ``[B, H, A]``; same errors."""
-        return self.action_loss(self.decode(tokens), actions)
+    def chunk_loss(self, tokens: Tensor, actions: Tensor, draws: int = _DRAWS) -> Tensor:
+        """:meth:`loss` from the tokens after the last layer.
+
+        Args:
+            tokens: ``[B, T, D]``.
+            actions: raw, ``[B, H, A]``.
+            draws: of noise and diffusion step per sample, from torch's global generator; regression takes no notice.
+
+        Raises:
+            ValueError: actions that are not finite, or of another shape.
+        """
+        if not isinstance(self.head, DiffusionHead):
+            return self.action_loss(self.decode(tokens), actions)
+        target = self._target(actions, len(tokens))
+        return self.head.loss(target, self.norm(tokens[:, -self.spec.horizon :]), draws)
 
     def action_loss(self, predicted: Tensor, actions: Tensor) -> Tensor:
-        """The same of a chunk that was predicted already, normalised ``[B, H, A]``, and raw actions."""
-        wanted = [len(predicted), self.spec.horizon, self.spec.action_dim]
+        """Distance of a chunk that was predicted (or sampled) already, normalised ``[B, H, A]``, from raw actions: smooth L1 for
+        that objective, else L1. Errors as in :meth:`chunk_loss`."""
+        target, predicted = self._target(actions, len(predicted)), predicted.float()
+        if self.spec.objective == "smooth_l1":
+            return F.smooth_l1_loss(predicted, target, beta=_BETA)
+        return F.l1_loss(predicted, target)
+
+    def _target(self, actions: Tensor, batch: int) -> Tensor:
+        wanted = [batch, self.spec.horizon, self.spec.action_dim]
         if list(actions.shape) != wanted:
             raise ValueError(f"expected actions {wanted}, got {list(actions.shape)}")
         if not actions.isfinite().all():
@@ -190,21 +231,19 @@ class CompactVLA(nn.Module):
             raise ValueError(
                 f"actions are not finite (NaN or infinity) in samples {rows[:8]}; check the demonstrations"
             )
-        target, predicted = self.action_norm(actions.float()), predicted.float()
-        if self.spec.objective == "l1":
-            return F.l1_loss(predicted, target)
-        return F.smooth_l1_loss(predicted, target, beta=_BETA)
+        return self.action_norm(actions.float())
 
     # --- acting
 
     @torch.no_grad()
-    def act(self, images: Tensor, state: Tensor, instruction: Tensor) -> Tensor:
+    def act(self, images: Tensor, state: Tensor, instruction: Tensor, noise: Tensor | None = None) -> Tensor:
         """The next ``n_action`` actions, float32 ``[B, n_action, A]``, in the units of the demonstrations.
 
         Args:
             images: uint8 ``[B, K, 1, H, W, 3]``.
             state: proprioception ``[B, 1, P]``.
             instruction: int64 ``[B, T_text]``, of ``vla.tokenizer.encode_all(sentences, T_text)``.
+            noise: as in :meth:`decode`; None gives the same actions every time.
 
         Raises:
             ValueError: wrong shapes or dtypes, a state that is not finite, words that are not in the vocabulary.
@@ -216,7 +255,16 @@ class CompactVLA(nn.Module):
                 f"instruction ids must be 0 to {len(self.tokenizer) - 1} (the vocabulary), got {int(instruction.min())} to "
                 f"{int(instruction.max())}"
             )
-        return self.unnormalised(self.decode(self.layers(self.tokens(self.features(images), state, instruction))))
+        tokens = self.layers(self.tokens(self.features(images), state, instruction))
+        return self.unnormalised(self.decode(tokens, noise))
+
+    def noise(self, batch: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """What diffusion starts from, ``[S, batch, H, A]`` (S = 1 for ddim); regression needs none, ``[0, batch]``.
+
+        Drawn on the CPU, so that a seed means the same on every device."""
+        if not isinstance(self.head, DiffusionHead):
+            return torch.empty(0, batch, device=device)
+        return torch.randn(self.head.noise_shape(batch), generator=generator).to(device)
 
     def unnormalised(self, chunk: Tensor) -> Tensor:
         """Normalised ``[B, H, A]`` → the part to execute, ``[B, n_action, A]``, in the units of the demonstrations."""
@@ -255,5 +303,14 @@ class CompactVLA(nn.Module):
         for name, parameter in self.layers.named_parameters():
             if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):  # the sum of 2 L branches keeps its scale
                 parameter.data.mul_((2 * self.spec.layers) ** -0.5)
-        nn.init.normal_(self.head.weight, std=0.1 * self.spec.width**-0.5)
-        nn.init.zeros_(self.head.bias)
+        last = self.head.unet.leave if isinstance(self.head, DiffusionHead) else self.head
+        nn.init.normal_(last.weight, std=0.1 * last.in_features**-0.5)
+        nn.init.zeros_(last.bias)
+
+
+def _diffusion_head(spec: VLASpec) -> DiffusionHead:
+    assert spec.diffusion is not None
+    denoiser = ChunkDenoiser(
+        spec.action_dim, spec.horizon, spec.width, width=spec.denoiser_width, depth=spec.denoiser_depth
+    )
+    return DiffusionHead(denoiser, spec.diffusion)

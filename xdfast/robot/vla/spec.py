@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from xdfast.errors import nearest
+from xdfast.robot.diffusion import DiffusionSettings
 from xdfast.robot.encoder import EncoderSpec
 from xdfast.robot.vla.instructions import Tokenizer
 
 __all__ = ["OBJECTIVES", "VLASpec"]
 
-#: How far a predicted action is from the demonstrated one.
-OBJECTIVES = ("l1", "smooth_l1")
+#: By what the action head learns: two distances of a predicted action from the demonstrated one, or denoising.
+OBJECTIVES = ("l1", "smooth_l1", "diffusion")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,10 @@ class VLASpec:
         n_action: of them executed before the next decision.
         text_length: T_text tokens of the instruction, padding included.
         level: feature map of the encoder whose cells are tokens; see :class:`xdfast.robot.vla.vision.GridEncoder`.
-        objective: ``"l1"`` or ``"smooth_l1"`` (quadratic below 0.1), of normalised actions.
+        objective: of normalised actions: ``"l1"`` or ``"smooth_l1"`` (quadratic below 0.1) for regression, ``"diffusion"`` for a
+            denoiser (:class:`xdfast.robot.vla.denoiser.ChunkDenoiser`).
+        diffusion: scheduler of the last one, :class:`xdfast.robot.diffusion.DiffusionSettings` if left out; None for regression.
+        denoiser_width, denoiser_depth: of the denoiser; regression has none.
         fps: control frequency in Hz; 0 if unknown.
     """
 
@@ -58,6 +62,13 @@ class VLASpec:
     level: int = -2
     objective: str = "l1"
     fps: int = 0
+    diffusion: DiffusionSettings | None = None
+    denoiser_width: int = 128
+    denoiser_depth: int = 3
+
+    def __post_init__(self) -> None:
+        if self.objective == "diffusion" and self.diffusion is None:
+            object.__setattr__(self, "diffusion", DiffusionSettings())  # frozen
 
     @property
     def n_obs(self) -> int:
@@ -81,6 +92,8 @@ class VLASpec:
             "horizon",
             "n_action",
             "text_length",
+            "denoiser_width",
+            "denoiser_depth",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be ≥ 1, got {getattr(self, name)}")
@@ -99,6 +112,12 @@ class VLASpec:
                 f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}."
                 f"{nearest(self.objective, OBJECTIVES)}"
             )
+        if self.diffusion is not None:
+            if self.objective != "diffusion":
+                raise ValueError(
+                    f"diffusion settings belong to objective='diffusion'; leave them out with {self.objective!r}"
+                )
+            self.diffusion.validate()
         Tokenizer(self.vocabulary)
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,6 +126,9 @@ class VLASpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VLASpec:
-        """From :meth:`to_dict`'s values, also after a trip through JSON."""
-        tuples = {key: tuple(values[key]) for key in ("cameras", "image_size", "vocabulary", "tasks")}
-        return cls(**{**values, **tuples, "encoder": EncoderSpec.from_dict(values["encoder"])})
+        """From :meth:`to_dict`'s values, also after a trip through JSON; settings of later versions may be missing."""
+        made: dict[str, Any] = {key: tuple(values[key]) for key in ("cameras", "image_size", "vocabulary", "tasks")}
+        made["encoder"] = EncoderSpec.from_dict(values["encoder"])
+        if values.get("diffusion") is not None:
+            made["diffusion"] = DiffusionSettings(**values["diffusion"])
+        return cls(**{**values, **made})
