@@ -39,6 +39,7 @@ _PUBLIC = {
     "EvaluateConfig": "xdfast.pipeline",
     "PolicyConfig": "xdfast.pipeline",
     "EvaluatePolicyConfig": "xdfast.pipeline",
+    "ActDistillConfig": "xdfast.pipeline",
     "VLAConfig": "xdfast.pipeline",
     "distill": "xdfast.pipeline",
     "finetune": "xdfast.pipeline",
@@ -48,6 +49,7 @@ _PUBLIC = {
 
 __all__ = [
     "AAD",
+    "ActDistillConfig",
     "BarlowTwinsLoss",
     "BudgetLoss",
     "DiffusionPolicy",
@@ -94,6 +96,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; nothing of it runs
     from xdfast.nn.routed import RoutedStack
     from xdfast.ops import backend, prepare_teacher, rsd_loss
     from xdfast.pipeline import (  # type: ignore[no-redef]  # mypy takes functions for modules of the same name
+        ActDistillConfig,
         DistillConfig,
         EvaluateConfig,
         EvaluatePolicyConfig,

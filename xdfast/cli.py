@@ -14,7 +14,7 @@ from typing import Any, Literal
 __all__ = ["main"]
 
 _VERBS = {
-    "distill": "a student learns from a frozen teacher",
+    "distill": "a student learns from a frozen teacher; with --target-flops, of a VLA, one that skips layers",
     "finetune": "supervised training of one model; with --task (or --tasks), of a robot's policy from demonstrations",
     "evaluate": "top-1/5, k-NN, linear probe, CKA of a run or model; success rate of a robot's policy",
     "suite": "several encoders on many robot tasks, run side by side and continued, with one report",
@@ -100,9 +100,10 @@ def parse_config(cls: Any, args: list[str], verb: str, prog: str = "") -> Any:
 
 
 def _distill(args: list[str]) -> None:
-    from xdfast.pipeline import DistillConfig, distill
+    from xdfast.pipeline import ActDistillConfig, DistillConfig, distill
 
-    _finish(distill(parse_config(DistillConfig, args, "distill")))
+    of_vla = _names(args, "target-flops", "target_flops") or _names_a_run(args, "--teacher", "vla")
+    _finish(distill(parse_config(ActDistillConfig if of_vla else DistillConfig, args, "distill")))
 
 
 def _finetune(args: list[str]) -> None:
@@ -115,7 +116,7 @@ def _finetune(args: list[str]) -> None:
 def _evaluate(args: list[str]) -> None:
     from xdfast.pipeline import EvaluateConfig, EvaluatePolicyConfig, evaluate
 
-    cls = EvaluatePolicyConfig if _names_a_policy(args) else EvaluateConfig
+    cls = EvaluatePolicyConfig if _names_a_run(args, "--model", "policy", "vla") else EvaluateConfig
     _finish(evaluate(parse_config(cls, args, "evaluate")))
 
 
@@ -130,14 +131,14 @@ def _names(args: list[str], option: str, *others: str) -> bool:
     return recipe is not None and {option, *others} & set(load_yaml(recipe_path(recipe))) != set()
 
 
-def _names_a_policy(args: list[str]) -> bool:
-    """Whether ``evaluate`` is given the run of a policy."""
+def _names_a_run(args: list[str], option: str, *kinds: str) -> bool:
+    """Whether an option's value is the folder of a run of one of these kinds."""
     from pathlib import Path
 
     from xdfast.pipeline.config import load_yaml
 
-    file = Path(_option(args, "--model") or ".") / "config.yaml"
-    return file.is_file() and load_yaml(file).get("kind") in ("policy", "vla")
+    file = Path(_option(args, option) or ".") / "config.yaml"
+    return file.is_file() and load_yaml(file).get("kind") in kinds
 
 
 def _option(args: list[str], name: str) -> str | None:
@@ -178,8 +179,8 @@ class _ReportOptions:
     """The page; the JSON stands beside it."""
     title: str | None = None
     """Of the page; default: by what is in it."""
-    batch_sizes: tuple[int, ...] = (1, 32)
-    """Batch sizes at which latency and images/s are measured."""
+    batch_sizes: tuple[int, ...] | None = None
+    """Batch sizes at which latency and images/s are measured; default: 1 and 32, of policies of several tasks 1 and 16."""
     device: str = "cpu"
     """Where they are measured."""
     measure_speed: bool = True

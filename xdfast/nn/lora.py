@@ -41,8 +41,9 @@ class LoRALinear(nn.Linear):
                 f"the rank of an adapter must be 1 to {min(self.in_features, self.out_features)} for a map from "
                 f"{self.in_features} to {self.out_features}, got {rank}"
             )
-        self.weight = base.weight.requires_grad_(False)
-        self.register_parameter("bias", None if base.bias is None else base.bias.requires_grad_(False))
+        base.requires_grad_(False)
+        self.weight = base.weight
+        self.register_parameter("bias", base.bias)
         self.scale = (2.0 * rank if alpha is None else alpha) / rank
         self.lora_a = nn.Parameter(self.weight.new_empty(rank, self.in_features))
         self.lora_b = nn.Parameter(self.weight.new_zeros(self.out_features, rank))

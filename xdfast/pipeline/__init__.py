@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from xdfast.pipeline.actdistill_config import ActDistillConfig
 from xdfast.pipeline.config import DistillConfig, EvaluateConfig, FinetuneConfig
 from xdfast.pipeline.distill import distill
 from xdfast.pipeline.evaluate import EvaluateResult, evaluate
@@ -12,6 +13,7 @@ from xdfast.pipeline.report import report
 from xdfast.pipeline.vla_config import VLAConfig
 
 __all__ = [
+    "ActDistillConfig",
     "DistillConfig",
     "EvaluateConfig",
     "EvaluatePolicyConfig",

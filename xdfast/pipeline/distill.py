@@ -14,6 +14,7 @@ from xdfast.data import ImageLoader
 from xdfast.losses import DistillLoss, create_loss, parse_losses
 from xdfast.models import FeatureModel, create_model, tap_widths, weights_hash
 from xdfast.nn import AAD
+from xdfast.pipeline.actdistill_config import ActDistillConfig
 from xdfast.pipeline.config import DistillConfig
 from xdfast.pipeline.data import Images, eval_loader, open_images, train_loader, view_size
 from xdfast.pipeline.folder import RunResult, model_source, open_folder
@@ -31,7 +32,7 @@ _DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def distill(
-    config: DistillConfig | None = None,
+    config: DistillConfig | ActDistillConfig | None = None,
     *,
     teacher: str | nn.Module | RunResult | None = None,
     student: str | nn.Module | RunResult | None = None,
@@ -50,6 +51,11 @@ def distill(
     on disk, the others read it, without the teacher. The store belongs to these weights, images and views, and to nothing
     else; the next run that fits it finds it filled.
 
+    With ``target_flops``, the teacher is a vision-language-action model and the student its copy that skips layers, chosen anew
+    for every decision (ActDistill; settings: :class:`ActDistillConfig`)::
+
+        student = xd.distill(teacher="runs/vla", target_flops=0.5, out="runs/vla-half")
+
     Args:
         config: all settings; or give them as keyword arguments, see :class:`DistillConfig`.
         teacher, student: timm name, ``NAME@/path/weights``, folder of a run, an ``nn.Module``, or a finished run.
@@ -64,30 +70,46 @@ def distill(
         RuntimeError: the loss is not finite, or the resume file belongs to other data or another teacher.
 
     Reference:
-        RSD: arXiv 2507.21844; X-Distill stage 1: arXiv 2601.11269.
+        RSD: arXiv 2507.21844; X-Distill stage 1: arXiv 2601.11269; ActDistill: arXiv 2511.18082.
 
     Example:
         >>> run = xdfast.distill(teacher="runs/teacher", student="resnet18", data="sklearn:digits",
         ...                      student_size=32, epochs=10, out="runs/rsd")  # doctest: +SKIP
     """
-    config = settings_of(
+    if isinstance(config, ActDistillConfig) or "target_flops" in settings:
+        return _distill_vla(config, teacher, {"student": student, "data": data, "val_data": val_data}, settings)
+    settled: DistillConfig = settings_of(
         DistillConfig, config, {"teacher": teacher, "student": student}, {"data": data, "val_data": val_data}, settings
     )
-    config.validate()
+    settled.validate()
     distributed.init()
-    out, finished = open_folder(config, "distill")
+    out, finished = open_folder(settled, "distill")
     if finished is not None:
         log.info("%s is finished; returning its result", out)
         return finished
 
-    parts = prepare(config, teacher=teacher, student=student, data=data, val_data=val_data)
+    parts = prepare(settled, teacher=teacher, student=student, data=data, val_data=val_data)
     try:
         return run_training(
-            "distill", parts.task, parts.images, parts.loader, parts.batch_augment, config, out, parts.identity,
+            "distill", parts.task, parts.images, parts.loader, parts.batch_augment, settled, out, parts.identity,
             parts.monitor,
         )  # fmt: skip
     finally:
         parts.task.teacher.close()
+
+
+def _distill_vla(config: Any, teacher: Any, others: dict[str, Any], settings: dict[str, Any]) -> RunResult:
+    superfluous = [name for name, value in others.items() if value is not None]
+    if superfluous:
+        raise ValueError(
+            f"the student of a VLA is made of its teacher and learns from demos=…; leave out {', '.join(superfluous)}"
+        )
+    if "demos" in settings:
+        settings = {**settings, "demos": str(settings["demos"])}
+    config = settings_of(ActDistillConfig, config, {"teacher": teacher}, {}, settings)
+    from xdfast.pipeline.actdistill import distill_vla  # needs the robot extra
+
+    return distill_vla(config, teacher)
 
 
 @dataclass

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from xdfast import distributed
 from xdfast.pipeline.alone import alone_in
-from xdfast.pipeline.finetune_policy import open_demonstrations
 from xdfast.pipeline.folder import RunResult, finish, model_source, open_folder
 from xdfast.pipeline.loop import train
-from xdfast.pipeline.policy_config import PolicyConfig
 from xdfast.pipeline.task import seed_everything
 from xdfast.pipeline.vla_config import VLAConfig
 from xdfast.pipeline.vla_task import VLATask
-from xdfast.robot.demos.open import Demonstrations, open_demos
+from xdfast.pipeline.vla_tasks import evaluate_tasks, task_demonstrations
+from xdfast.robot.demos.open import Demonstrations
 from xdfast.robot.diffusion import DiffusionSettings
 from xdfast.robot.encoder import build_encoder
-from xdfast.robot.rollout import check_task, rollout
+from xdfast.robot.rollout import check_task
 from xdfast.robot.sim.names import task_spec
 from xdfast.robot.vla import CompactVLA, MultiTaskLoader, MultiTaskWindows, VLASpec, save_vla
 
@@ -52,7 +49,13 @@ def finetune_vla(config: VLAConfig, model: Any = None) -> RunResult:
         log.info("%s is finished; returning its result", out)
         return finished
     cameras = config.cameras or task_spec(names[0]).cameras[:1]
-    demos = [_demonstrations(config, name, cameras, out) for name in names]
+    demos = [
+        task_demonstrations(
+            config.demos, name, cameras, out, demo_seed=config.demo_seed, image_size=config.image_size,
+            workers=config.workers, progress=config.progress,
+        )
+        for name in names
+    ]  # fmt: skip
     size = None if config.image_size is None else (config.image_size, config.image_size)
     data = MultiTaskWindows(demos, cameras, horizon=config.horizon, image_size=size, tasks=names, scratch=out)
     vla = _build(config, data, cameras, demos, model)
@@ -73,7 +76,7 @@ def finetune_vla(config: VLAConfig, model: Any = None) -> RunResult:
 
     def validate(net: nn.Module) -> dict[str, float]:
         assert isinstance(net, CompactVLA)
-        return _success(net, names, config, device) if config.episodes else {}
+        return evaluate_tasks(net, names, config, device) if config.episodes else {}
 
     with alone_in(out):
         task = VLATask(vla, config.noise_draws)
@@ -89,21 +92,6 @@ def finetune_vla(config: VLAConfig, model: Any = None) -> RunResult:
         "tasks": float(len(names)),
     }
     return finish(out, "vla", config, metrics, {})
-
-
-def _demonstrations(config: VLAConfig, task: str, cameras: tuple[str, ...], out: Path) -> Demonstrations:
-    """Of one task: of its expert, or from the folder that is named after it."""
-    if not config.demos.isdigit():
-        spec, root = task_spec(task), Path(config.demos).expanduser()
-        found = [root / name for name in (spec.env, spec.env.removesuffix("-v3")) if (root / name).exists()]
-        if not found:
-            raise ValueError(f"{root} has no folder {spec.env} with the demonstrations of {task}")
-        return open_demos(found[0], cameras=cameras)
-    one = PolicyConfig(
-        task=task, out=str(out), demos=config.demos, demo_seed=config.demo_seed, cameras=cameras,
-        image_size=config.image_size, workers=config.workers, progress=config.progress,
-    )  # fmt: skip
-    return open_demonstrations(one, out)
 
 
 def _build(
@@ -151,22 +139,6 @@ def _diffusion(config: VLAConfig) -> DiffusionSettings | None:
     if config.objective != "diffusion":
         return None
     return DiffusionSettings(config.scheduler, config.prediction, config.train_steps, config.inference_steps)
-
-
-def _success(vla: CompactVLA, tasks: list[str], config: VLAConfig, device: torch.device) -> dict[str, float]:
-    """Success in each task and their mean, from the episodes of rank 0."""
-    rates = [0.0] * len(tasks)
-    if distributed.is_main():
-        seeds = range(config.eval_seed, config.eval_seed + config.episodes)
-        for number, task in enumerate(tasks):
-            results = rollout(
-                vla.for_task(task), task, seeds, envs=config.envs, max_steps=config.max_steps, device=device
-            )
-            rates[number] = sum(result.success for result in results) / len(results)
-            log.info("%s: %d of %d episodes solved", task, sum(r.success for r in results), len(results))
-    rates = distributed.sum_over_ranks(rates, device)
-    by_task = {f"success_{task_spec(task).env}": rate for task, rate in zip(tasks, rates, strict=True)}
-    return {"success": sum(rates) / len(rates), **by_task}
 
 
 def _millions(module: nn.Module) -> float:

@@ -2,7 +2,8 @@
 
 config.yaml       the settings          metrics.jsonl   rows of training and validation
 policy/           a robot's policy      policy-best/    the best in evaluations during training
-vla/              a policy of several tasks, told by a sentence
+vla/              a policy of several tasks, told by a sentence; tasks/ its evaluation in each
+stage1/           of ActDistill: a run of its own, with heads/ and targets/, the teacher's answers
 resume.pt         to continue           student/        the result, loadable by plain timm
 summary.json      final figures; its presence means the run is finished
 projectors.safetensors                  of feature losses: student features → the teacher's
@@ -43,6 +44,9 @@ _OURS = (
     "policy",
     "policy-best",
     "vla",
+    "tasks",
+    "heads",
+    "targets",
     "videos",
     "saliency.png",
     "episodes.jsonl",
@@ -159,7 +163,9 @@ def _weights_of(config: RunConfig) -> dict[str, str]:
         if not isinstance(spec, str):
             continue
         folder = Path(str(model_source(spec)) if not spec.startswith("object:") else spec)
-        if (folder / "policy" / "policy.safetensors").is_file():  # a policy, for its encoder
+        if (folder / "vla" / "vla.safetensors").is_file():
+            folder, name = folder / "vla", "vla.safetensors"
+        elif (folder / "policy" / "policy.safetensors").is_file():  # a policy, for its encoder
             folder, name = folder / "policy", "policy.safetensors"
         else:
             name = "model.safetensors"

@@ -173,9 +173,9 @@ class MultiTaskLoader:
         told = [self._sentence(step, task, number) for task, number in zip(tasks.tolist(), numbers)]
         return VLABatch(*self._gathered(tasks, local), torch.stack(told), tasks)
 
-    def _drawn(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(task, sample within it, pass over the task's samples) of each row, int64 ``[B]``."""
-        first = step * self.batch_size * self._world + self._rank * self.batch_size
+    def _drawn(self, step: int, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(task, sample within it, pass over the task's samples) of each row of a process, int64 ``[B]``."""
+        first = (step * self._world + (self._rank if rank is None else rank)) * self.batch_size
         rows = range(first, first + self.batch_size)
         places = [self._place(row) for row in rows]
         tasks = torch.tensor([row % len(self.data.tasks) for row in rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,13 @@ class ViewLoader(MultiTaskLoader):
             raise ValueError(f"views must be ≥ 1 and shift ≥ 0, got views={views} and shift={shift}")
         self.views, self.shift = views, shift
 
+    @classmethod
+    def like(cls, other: ViewLoader, steps: int) -> ViewLoader:
+        """The same samples and views, in epochs of another number of steps."""
+        made = copy.copy(other)
+        made.batches_per_epoch, made._passes = steps, {}
+        return made
+
     def facts(self) -> dict[str, Any]:
         """Everything the views depend on besides the samples."""
         return {
@@ -78,6 +86,17 @@ class ViewLoader(MultiTaskLoader):
         """The batch of a step, counted from the start of the run."""
         tasks, local, numbers = self._drawn(step)
         return self._seen(tasks, local, numbers % self.views, step)
+
+    def visited(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, views) that the first so many steps of a run show to any process, each once, in order; int64."""
+        seen: set[tuple[int, int]] = set()
+        for step in range(steps):
+            for rank in range(self._world):
+                tasks, local, numbers = self._drawn(step, rank)
+                ids = local + self.data.starts[tasks]
+                seen.update(zip(ids.tolist(), (numbers % self.views).tolist()))
+        rows = np.array(sorted(seen), dtype=np.int64).reshape(-1, 2)
+        return rows[:, 0], rows[:, 1]
 
     def read(self, ids: Any, views: Any) -> ViewBatch:
         """Samples by their number among all tasks', each under the view asked for.

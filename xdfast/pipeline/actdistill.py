@@ -1,0 +1,234 @@
+"""``distill`` of a VLA: ActDistill's two stages, from a teacher's run to a routed student's."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdfast import distributed
+from xdfast.models import weights_hash
+from xdfast.nn import calibrate_model, routed_stacks
+from xdfast.nn.lora import merge_lora
+from xdfast.pipeline.actdistill_config import ActDistillConfig
+from xdfast.pipeline.actdistill_stage1 import run_stage1
+from xdfast.pipeline.actdistill_task import ActDistillTask
+from xdfast.pipeline.alone import alone_in
+from xdfast.pipeline.folder import RunResult, finish, load_run, open_folder
+from xdfast.pipeline.loop import train
+from xdfast.pipeline.vla_tasks import evaluate_tasks, task_demonstrations
+from xdfast.robot.sim.names import task_spec
+from xdfast.robot.vla import (
+    CompactVLA,
+    MultiTaskWindows,
+    ViewLoader,
+    check_teacher,
+    derive_student,
+    hidden_states,
+    load_vla,
+    save_vla,
+)
+
+__all__ = ["distill_vla"]
+
+log = logging.getLogger("xdfast")
+
+#: Samples by which layers are chosen and thresholds set.
+_CALIBRATION = 512
+
+
+def distill_vla(config: ActDistillConfig, teacher: Any = None) -> RunResult:
+    """Stage 1 and stage 2; see :func:`xdfast.distill`.
+
+    Args:
+        config: settings.
+        teacher: a :class:`xdfast.robot.vla.CompactVLA`, where the config cannot name it.
+
+    Raises:
+        ValueError: bad settings; a teacher that is routed or has no demonstrations; demonstrations that do not fit it, or
+            hold actions that are not finite; stage 1 of another teacher.
+        FileNotFoundError: no teacher.
+        TypeError: a teacher without the parts of :class:`xdfast.robot.vla.TeacherVLA`.
+    """
+    config.validate()
+    distributed.init()
+    vla, trained = _teacher(config, teacher)
+    out, finished = open_folder(config, "vla")
+    if finished is not None:
+        log.info("%s is finished; returning its result", out)
+        return finished
+    device = distributed.device_for_rank(config.device)
+    vla = vla.to(device).eval().requires_grad_(False)
+    loader, fingerprints = _samples(config, vla, trained, out)
+    distributed.all_equal(fingerprints, "the run's demonstrations")
+    with alone_in(out):
+        first = run_stage1(config, vla, loader, fingerprints, device)
+        student = derive_student(
+            vla,
+            config.target_flops,
+            routing=config.routing,
+            always_on=config.always_on,
+            states=_states(vla, loader, config, device) if config.routing == "static" else None,
+            lora=config.lora_rank if config.train == "lora" else None,
+            router={"hidden": config.router_hidden},
+            seed=config.seed,
+        )
+        _trainable(student, config)
+        identity = {"teacher": weights_hash(vla), "stage1": first.store.facts, "samples": len(loader.data)}
+        del vla  # its answers are in the store
+        task = ActDistillTask(student, copy.deepcopy(first.heads).requires_grad_(True), first.targets, config)
+
+        def validate(net: nn.Module) -> dict[str, float]:
+            kept = _exported(net, loader, config, device)
+            return evaluate_tasks(kept, loader.data.tasks, config, device) if config.episodes else {}
+
+        result = train(task, loader, config, out, device=device, validate=validate, identity=identity, title=out.name)
+    student = _exported(result.module, loader, config, device)
+    fraction = _fraction(student, loader, config, device)
+    log.info("%s: %.1f %% of the layers' FLOPs on the training samples", out, 100 * fraction)
+    if distributed.is_main():
+        facts = {"kind": "vla", "config": config.to_dict(), "metrics": result.metrics}
+        save_vla(student, out / "vla", extra=facts)
+    metrics = {
+        **result.metrics,
+        "flops_fraction": fraction,
+        "target_flops": config.target_flops,
+        "seconds": result.seconds,
+        "seconds_stage1": first.metrics["seconds"],
+        "steps": result.step,
+        "samples_per_s": result.step * loader.rows(0) / max(result.seconds, 1e-9),
+        "tasks": float(len(loader.data.tasks)),
+    }
+    return finish(out, "vla", config, metrics, {})
+
+
+def _teacher(config: ActDistillConfig, given: Any) -> tuple[Any, dict[str, Any]]:
+    """(the VLA, the settings it was trained with, empty if they are not known)."""
+    if isinstance(given, RunResult):
+        given = str(given.path)
+    if given is not None and not isinstance(given, (str, Path)):
+        check_teacher(given)
+        return copy.deepcopy(given), {}
+    folder = Path(config.teacher).expanduser()
+    if config.teacher.startswith("object:"):
+        raise ValueError(f"the run was started with a Python object ({config.teacher}); pass that object again")
+    vla = load_vla(folder)
+    check_teacher(vla)
+    if routed_stacks(vla):
+        raise ValueError(f"{folder} is a student whose layers are routed already; name its teacher")
+    trained = load_run(folder).config if (folder / "summary.json").is_file() else {}
+    return vla, trained
+
+
+def _samples(
+    config: ActDistillConfig, vla: CompactVLA, trained: dict[str, Any], out: Path
+) -> tuple[ViewLoader, list[Any]]:
+    """The demonstrations as samples with views, and their fingerprints."""
+    spec = vla.spec
+    tasks = [task_spec(name).name for name in (config.tasks or trained.get("tasks") or spec.tasks)]
+    demos = config.demos or str(trained.get("demos", ""))
+    if not tasks or not demos:
+        missing = "tasks" if not tasks else "demos"
+        raise ValueError(f"{config.teacher} does not say which {missing} it was trained on; give {missing}=")
+    seed = trained.get("demo_seed", 0) if config.demo_seed is None else config.demo_seed
+    opened = [
+        task_demonstrations(
+            demos,
+            name,
+            spec.cameras,
+            out,
+            demo_seed=seed,
+            image_size=spec.image_size[0],
+            workers=config.workers,
+            progress=config.progress,
+        )
+        for name in tasks
+    ]  # fmt: skip
+    data = MultiTaskWindows(
+        opened, spec.cameras, horizon=spec.horizon, image_size=spec.image_size, tasks=tasks, scratch=out
+    )
+    _check_samples(data, vla)
+    loader = ViewLoader(
+        data, vla.tokenizer, spec.text_length, config.batch_size, config.epoch_steps,
+        views=config.views, shift=(min(spec.image_size) - spec.crop) // 2 if config.shift is None else config.shift,
+        seed=config.seed, rank=distributed.rank(), world_size=distributed.world_size(),
+    )  # fmt: skip
+    return loader, [d.fingerprint() for d in opened]
+
+
+def _check_samples(data: MultiTaskWindows, vla: CompactVLA) -> None:
+    for name, windows in zip(data.tasks, data.windows):
+        for what, mine, theirs in (
+            ("actions", windows.actions, vla.action_dim),
+            ("states", windows.state, vla.spec.state_dim),
+        ):
+            if mine.shape[1] != theirs:
+                raise ValueError(
+                    f"the demonstrations of {name} have {what} of {mine.shape[1]} numbers, the teacher's have {theirs}"
+                )
+            bad = (~mine.isfinite()).any(1).nonzero().flatten().tolist()
+            if bad:
+                raise ValueError(
+                    f"the demonstrations of {name} have {what} that are not finite (NaN or infinity) in {len(bad)} frames, "
+                    f"first {bad[:4]}; `xdfast demos check` names the files"
+                )
+
+
+def _trainable(student: Any, config: ActDistillConfig) -> None:
+    """Everything learns, but with adapters: then they and the router alone."""
+    if config.train != "lora":
+        student.requires_grad_(True)
+        return
+    adapters = {id(p) for name, p in student.named_parameters() if name.endswith(("lora_a", "lora_b"))}
+    stack: Any = routed_stacks(student)[0]
+    router = {id(p) for p in stack.router.parameters()}
+    for parameter in student.parameters():
+        parameter.requires_grad_(id(parameter) in adapters | router)
+
+
+def _batches(loader: ViewLoader, device: torch.device) -> list[Any]:
+    """Samples spread over all tasks, as a policy sees them when it acts (view 0)."""
+    count = len(loader.data)
+    ids = torch.linspace(0, count - 1, min(_CALIBRATION, count)).long().unique()
+    batches = [loader.read(part, torch.zeros_like(part)) for part in ids.split(64)]
+    for batch in batches:
+        batch.images, batch.state = batch.images.to(device), batch.state.to(device)
+        batch.instruction = batch.instruction.to(device)
+    return batches
+
+
+@torch.no_grad()
+def _states(vla: Any, loader: ViewLoader, config: ActDistillConfig, device: torch.device) -> list[torch.Tensor]:
+    """h₀ … h_L of the teacher on samples of all tasks."""
+    parts = [hidden_states(vla.layers, vla.embed(batch)) for batch in _batches(loader, device)]
+    return [torch.cat(layer) for layer in zip(*parts)]
+
+
+def _exported(net: Any, loader: ViewLoader, config: ActDistillConfig, device: torch.device) -> Any:
+    """The student as it acts: adapters merged, the router's threshold set so that the budget holds."""
+    student = merge_lora(copy.deepcopy(net)).eval()
+    if config.routing == "learned":
+        calibrate_model(student, _batches(loader, device), target_flops=config.target_flops, call=_pass)
+    return student
+
+
+def _fraction(student: Any, loader: ViewLoader, config: ActDistillConfig, device: torch.device) -> float:
+    """Mean FLOPs of what runs, of all layers' (without the router's own)."""
+    stack: Any = routed_stacks(student)[0]
+    total, rows = 0.0, 0
+    costs = torch.tensor(student.xdfast_route.costs, dtype=torch.float64)
+    with torch.no_grad():
+        for batch in _batches(loader, device):
+            _pass(student, batch)
+            gates = stack.decision.gates.double().cpu()
+            total += float((gates * costs).sum() / costs.sum())
+            rows += len(gates)
+    return total / rows
+
+
+def _pass(student: Any, batch: Any) -> Any:
+    return student.layers(student.embed(batch))

@@ -1,0 +1,117 @@
+"""Settings of ActDistill: a VLA's student, which skips layers of its teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from xdfast.pipeline.policy_config import EVAL_SEED, StepsConfig
+from xdfast.settings import FREE_SETTINGS
+
+__all__ = ["ActDistillConfig"]
+
+
+@dataclass(kw_only=True)
+class ActDistillConfig(StepsConfig):
+    """A student of a VLA that computes a part of its teacher's layers, chosen anew for every decision (ActDistill).
+
+    Stage 1 trains graph heads on the frozen teacher and keeps what they say of every sample; stage 2 trains the student.
+    """
+
+    teacher: str
+    """Folder of a run of several tasks (`xdfast finetune --recipe vla-metaworld`)."""
+    target_flops: float = 0.5
+    """Fraction of the transformer layers' FLOPs that the student may use."""
+    routing: Literal["learned", "static", "random"] = "learned"
+    """Who chooses the layers: the router; or, to compare with, always the most influential ones, or chance."""
+    always_on: tuple[int, ...] = (0, -1)
+    """Layers that are never skipped; negative ones count from the end."""
+    train: Literal["transformer", "all", "lora"] = "transformer"
+    """What learns besides router and heads: all but the encoder of pictures; everything; or low-rank adapters in the layers."""
+    lora_rank: int = 16
+
+    tasks: tuple[str, ...] = ()
+    """Default: the teacher's."""
+    demos: str = ""
+    """Demonstrations of each task, a number or a folder; default: the teacher's."""
+    demo_seed: int | None = None
+    """First seed of the expert's episodes; default: the teacher's."""
+    views: int = 4
+    """Fixed views of every sample: moved pictures and other words, on which the teacher's answers are kept."""
+    shift: int | None = None
+    """Pixels by which a view moves a picture at most; default: what the teacher's crop leaves."""
+
+    stage1: str = ""
+    """Folder of stage 1, shared by students of one teacher; default: OUT/stage1. Made if it is not there."""
+    heads_steps: int = 400
+    """Updates of stage 1."""
+    heads_lr: float = 1e-3
+    graph_hidden: int = 128
+    """Width of a node in the heads' graphs."""
+    graph_rank: int = 32
+    """Width of the affinity between nodes."""
+    graph_neighbours: int = 8
+    semantic_dim: int = 512
+
+    policy_weight: float = 1.0
+    """Of the policy's own loss."""
+    semantic_weight: float = 1.0
+    """α: of the semantic vectors' part of the dual-stream loss."""
+    action_weight: float = 1.0
+    """β: of the predicted actions' part."""
+    relation_weight: float = 0.5
+    """η: of the cosines between samples, within the semantic part."""
+    gamma: float = 2.0
+    """Layer l of L counts (l / (L - 1)) ** gamma."""
+    budget_weight: float = 5.0
+    """Of the squared distance of the gates' FLOPs from their target."""
+    balance_weight: float = 0.0
+    """Of the variance of the layers' use (the paper's balance loss)."""
+    decisive_weight: float = 0.01
+    """Pushes the router's probabilities away from 1/2."""
+    anneal: float = 0.4
+    """The FLOPs' target falls from 1 to target_flops over this part of the updates."""
+    router_hidden: int = 64
+    """Width of the router's projection of each kind of token."""
+    router_lr: float = 1e-3
+
+    steps: int = 900
+    """Updates of stage 2."""
+    weight_decay: float = 1e-4
+    episodes: int = 0
+    """Episodes of each task in an evaluation during training; 0: none."""
+    eval_seed: int = EVAL_SEED
+    """Seed of the first of them."""
+    max_steps: int | None = None
+    """Longest episode; default: the task's."""
+    envs: int | None = None
+    """Episodes simulated side by side; default: up to 10, fewer where memory or cores are few."""
+    cache_dtype: Literal["float16", "float32"] = "float16"
+    """How the teacher's answers are kept."""
+
+    FREE: ClassVar[frozenset[str]] = FREE_SETTINGS | {"envs", "stage1"}
+
+    def validate(self) -> None:
+        """Checks every value before any work.
+
+        Raises:
+            ValueError: names the setting, its value and what is allowed.
+        """
+        self._validate_steps()
+        self._positive(
+            "lora_rank", "views", "heads_steps", "heads_lr", "graph_hidden", "graph_rank", "graph_neighbours",
+            "semantic_dim", "router_hidden", "router_lr", "max_steps", "envs",
+        )  # fmt: skip
+        self._not_negative(
+            "policy_weight", "semantic_weight", "action_weight", "relation_weight", "gamma", "budget_weight", "balance_weight",
+            "decisive_weight", "episodes", "eval_seed", "demo_seed", "shift",
+        )  # fmt: skip
+        self._one_of("routing", ("learned", "static", "random"))
+        self._one_of("train", ("transformer", "all", "lora"))
+        self._one_of("cache_dtype", ("float16", "float32"))
+        if not 0 < self.target_flops <= 1:
+            raise ValueError(f"target_flops must be a fraction in (0, 1], got {self.target_flops!r}")
+        if not 0 <= self.anneal < 1:
+            raise ValueError(f"anneal must be a part of the updates in [0, 1), got {self.anneal!r}")
+        if self.demos.isdigit() and int(self.demos) < 1:
+            raise ValueError(f"demos must be a number ≥ 1 or a path, got {self.demos!r}")

@@ -1,0 +1,178 @@
+"""What ActDistill minimises: heads on the frozen teacher (stage 1), then a student that skips layers (stage 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xdfast.losses import ActDistillLoss, stage1_loss
+from xdfast.models import budget_loss
+from xdfast.nn import GraphEncapsulation, RandomRouter, StaticRouter, routed_stacks
+from xdfast.pipeline.task import TrainingTask
+from xdfast.robot.vla import Observation, ViewBatch, hidden_states
+
+__all__ = ["ActDistillTask", "EncapsulationTask", "normalised", "vision_of"]
+
+
+class EncapsulationTask(TrainingTask):
+    """Stage 1: every layer's head predicts the demonstrated chunk from the teacher's tokens after it.
+
+    The teacher is no sub-module: in eval mode, not trained, not saved.
+    """
+
+    student: GraphEncapsulation
+    unit = "samples"
+
+    def __init__(self, heads: GraphEncapsulation, teacher: Any) -> None:
+        super().__init__(heads)
+        self._teacher = (teacher,)
+
+    @property
+    def teacher(self) -> Any:
+        """The VLA whose heads these are."""
+        return self._teacher[0]
+
+    def inputs(self, batch: ViewBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Pictures and normalised actions."""
+        actions = normalised(self.teacher, batch.actions.to(device, non_blocking=True))
+        return batch.images.to(device, non_blocking=True), actions
+
+    def teach(self, images: Tensor, batch: ViewBatch) -> dict[str, Tensor]:
+        """Tokens after every layer, ``[L, B, T, D]``."""
+        with torch.no_grad():
+            return {
+                "hidden": torch.stack(hidden_states(self.teacher.layers, _embedded(self.teacher, images, batch))[1:])
+            }
+
+    def forward(self, images: Tensor, targets: Tensor | None, hidden: Tensor | None = None) -> dict[str, Tensor]:
+        assert targets is not None and hidden is not None  # every rank has rows in every step
+        _, actions = self.student(hidden)
+        per_layer = stage1_loss(actions, targets, reduction="none")
+        return {"loss": per_layer.mean(), "first": per_layer[0].detach(), "last": per_layer[-1].detach()}
+
+
+class ActDistillTask(TrainingTask):
+    r"""Stage 2: L = w_p L_policy + L_dual-stream + w_b L_budget.
+
+    The student's graph heads start as stage 1 left them and learn on; they are no part of the student. The FLOPs' target
+    falls from 1 to r* along half a cosine over the first part of the updates, so that layers leave one by one.
+
+    Args:
+        student: routed VLA (:func:`xdfast.robot.vla.derive_student`).
+        heads: of stage 1; copied by the caller.
+        targets: (ids, views) → what the teacher's heads said: semantics ``[L, B, S]``, actions ``[L, B, H, A]``.
+        config: :class:`xdfast.pipeline.ActDistillConfig`.
+    """
+
+    student: Any
+    unit = "samples"
+
+    def __init__(
+        self,
+        student: Any,
+        heads: GraphEncapsulation,
+        targets: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        config: Any,
+    ) -> None:
+        super().__init__(student)
+        self.heads = heads
+        self.stack: tuple[Any] = (routed_stacks(student)[0],)  # in a tuple: it is the student's sub-module already
+        self.learned = not isinstance(self.stack[0].router, (StaticRouter, RandomRouter))
+        self.dual = ActDistillLoss(
+            heads.num_layers, config.gamma, config.semantic_weight, config.action_weight, config.relation_weight,
+            return_components=True,
+        )  # fmt: skip
+        self.budget = budget_loss(
+            student, weight=config.budget_weight, balance=config.balance_weight, decisive=config.decisive_weight,
+            return_components=True,
+        )  # fmt: skip
+        self._targets, self._config = targets, config
+        self._frozen = vision_of(student) if config.train != "all" else None
+        if self._frozen is not None:
+            self._frozen.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> ActDistillTask:
+        super().train(mode)
+        # pictures are moved by the views, in the same way for teacher and student; crops at random would part them
+        self.student.training = False
+        if self._frozen is not None:
+            self._frozen.eval()  # batch statistics of what does not learn must not drift
+        return self
+
+    def parameter_groups(self, config: Any) -> list[dict[str, Any]]:
+        """The router, at its own rate and without decay, and the rest."""
+        router = list(self.stack[0].router.parameters())
+        mine = {id(p) for p in router}
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in mine]
+        groups = [{"params": rest, "lr": config.lr, "weight_decay": config.weight_decay}]
+        return [*groups, {"params": router, "lr": config.router_lr, "weight_decay": 0.0}] if router else groups
+
+    def inputs(self, batch: ViewBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Pictures and raw actions."""
+        return batch.images.to(device, non_blocking=True), batch.actions.to(device, non_blocking=True)
+
+    def teach(self, images: Tensor, batch: ViewBatch) -> dict[str, Any]:
+        semantics, actions = self._targets(batch.ids, batch.views)
+        device = images.device
+        return {
+            "state": batch.state.to(device, non_blocking=True),
+            "instruction": batch.instruction.to(device, non_blocking=True),
+            "teacher_semantics": semantics.to(device, non_blocking=True),
+            "teacher_actions": actions.to(device, non_blocking=True),
+            "step": batch.step,
+        }
+
+    def forward(
+        self,
+        images: Tensor,
+        targets: Tensor | None,
+        state: Tensor | None = None,
+        instruction: Tensor | None = None,
+        teacher_semantics: Tensor | None = None,
+        teacher_actions: Tensor | None = None,
+        step: int = -1,
+    ) -> dict[str, Tensor]:
+        # every rank has rows in every step: see MultiTaskLoader
+        assert targets is not None and state is not None and instruction is not None
+        student, stack = self.student, self.stack[0]
+        states = hidden_states(student.layers, student.embed(Observation(images, state, instruction)))
+        semantics, actions = self.heads(torch.stack(states[1:]))
+        dual = self.dual(semantics, actions, teacher_semantics, teacher_actions, normalised(student, targets))
+        policy = student.chunk_loss(states[-1], targets)
+        self.budget.target_flops = self.target_at(step)
+        budget = self.budget(stack.decision.gates, stack.decision.probabilities)
+        loss = self._config.policy_weight * policy + dual.loss
+        if self.learned:
+            loss = loss + budget.loss
+        terms = {
+            "policy": policy, "semantic": dual.cosine, "relation": dual.relation, "to_target": dual.target,
+            "to_teacher": dual.teacher, "to_previous": dual.previous, "budget": budget.budget, "fraction": budget.fraction,
+        }  # fmt: skip
+        return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
+
+    def target_at(self, step: int) -> float:
+        """The FLOPs' target in an update, counted from 0."""
+        final, length = self._config.target_flops, self._config.anneal * self._config.steps
+        done = 1.0 if length == 0 or step < 0 else min(step / length, 1.0)
+        return final + (1 - final) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * done)).item())
+
+
+def normalised(vla: Any, actions: Tensor) -> Tensor:
+    """Actions as the policy predicts them, float32."""
+    norm = getattr(vla, "action_norm", None)
+    return actions.float() if norm is None else norm(actions.float())
+
+
+def vision_of(vla: Any) -> nn.Module | None:
+    """The part that turns pictures into features."""
+    found = getattr(vla, "encoder", None)
+    found = getattr(vla, "vision", None) if found is None else found
+    return found if isinstance(found, nn.Module) else None
+
+
+def _embedded(vla: Any, images: Tensor, batch: ViewBatch) -> Tensor:
+    state = batch.state.to(images.device, non_blocking=True)
+    return vla.embed(Observation(images, state, batch.instruction.to(images.device, non_blocking=True)))
