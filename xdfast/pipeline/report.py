@@ -28,7 +28,7 @@ def report(
     *,
     out: str | Path = "report.html",
     title: str | None = None,
-    batch_sizes: Sequence[int] = (1, 32),
+    batch_sizes: Sequence[int] | None = None,
     device: str = "cpu",
     measure_speed: bool = True,
     notes: Sequence[str] = (),
@@ -36,14 +36,16 @@ def report(
     """One self-contained HTML page, and a JSON beside it: accuracy, FLOPs, memory, latency, speedup over the teacher, pictures.
 
     Of robots' policies: success by task and encoder, training, latency, videos, saliency, stages of the task in feature space.
+    Of policies of several tasks: students that skip layers next to their teacher and baselines, in success, FLOPs, latency, and
+    which layers ran where; they make a report by themselves.
     Runs that differ only in their seed are one method with a confidence interval. A run that was not evaluated yet is
     evaluated first. Models are timed side by side, in turns, on this machine.
 
     Args:
         runs: a finished run, its folder, or several of them.
         out: the page; the JSON has the same name with ``.json``.
-        title: of the page; default: "Distillation report", or "Robot policies" if there are only policies.
-        batch_sizes: at which latency and images/s are measured.
+        title: of the page; default: "Distillation report", or what kind of policies there are.
+        batch_sizes: at which latency and images/s are measured; default: 1 and 32, of policies of several tasks 1 and 16.
         device: on which they are measured.
         measure_speed: False leaves the measurement out.
         notes: sentences to print under the title.
@@ -53,7 +55,7 @@ def report(
 
     Raises:
         FileNotFoundError: a folder holds no finished run.
-        ValueError: no runs.
+        ValueError: no runs, or policies of several tasks together with other runs.
     """
     from xdfast.reporting import build_report
 
@@ -61,11 +63,23 @@ def report(
     if not listed:
         raise ValueError("report needs at least one finished run or its folder")
     found = [run if isinstance(run, RunResult) else load_run(run) for run in listed]
-    told = [run.path for run in found if run.kind == "vla"]
-    if told:
+    told = [run for run in found if run.kind == "vla"]
+    if told and len(told) < len(found):
+        other = next(run for run in found if run.kind != "vla")
         raise ValueError(
-            f"{told[0]} is a policy of several tasks, which the report page does not show yet; its evaluations are in "
-            f"{told[0] / 'tasks'}"
+            f"{told[0].path} is a policy of several tasks, {other.path} is not ({other.kind}): make two reports, one of each"
+        )
+    if told:
+        from xdfast.pipeline.report_vla import vla_report
+
+        return vla_report(
+            told,
+            out,
+            title=title,
+            batch_sizes=(1, 16) if batch_sizes is None else tuple(batch_sizes),
+            device=device,
+            measure_speed=measure_speed,
+            notes=list(notes),
         )
     policies = [run for run in found if run.kind == "policy"]
     found = [run for run in found if run.kind != "policy"]
@@ -75,7 +89,7 @@ def report(
         [*_teachers(found), *_students(found, records)],
         out,
         title=title or ("Distillation report" if found else "Robot policies"),
-        batch_sizes=tuple(batch_sizes),
+        batch_sizes=(1, 32) if batch_sizes is None else tuple(batch_sizes),
         device=device,
         measure_speed=measure_speed,
         notes=list(notes),

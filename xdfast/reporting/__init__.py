@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from xdfast.reporting.flops import FlopCount, count_flops
 from xdfast.reporting.page import build_report
-from xdfast.reporting.records import ModelRecord, PolicyRecord, Report, RunRecord
+from xdfast.reporting.records import ModelRecord, PolicyRecord, Report, RunRecord, VLARecord
 from xdfast.reporting.speed import SpeedTable, compare_speed
 from xdfast.reporting.tables import compare_to_scratch, method_table, summarize
 
@@ -18,6 +18,7 @@ __all__ = [
     "Report",
     "RunRecord",
     "SpeedTable",
+    "VLARecord",
     "build_report",
     "compare_speed",
     "compare_to_scratch",

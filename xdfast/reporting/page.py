@@ -19,12 +19,14 @@ from xdfast.reporting.embedding import tsne
 from xdfast.reporting.groups import Group, group_runs
 from xdfast.reporting.policy_page import PolicyPart, policy_part
 from xdfast.reporting.policy_words import short
-from xdfast.reporting.records import ModelRecord, PolicyRecord, Report, RunRecord
+from xdfast.reporting.records import ModelRecord, PolicyRecord, Report, RunRecord, VLARecord
 from xdfast.reporting.speed import SpeedTable, compare_speed
 from xdfast.reporting.svg import Picture
 from xdfast.reporting.tables import METRICS, accuracy_table, format_difference, format_metric
+from xdfast.reporting.vla_page import VLAPart, vla_part
+from xdfast.reporting.vla_words import points
 
-__all__ = ["build_report"]
+__all__ = ["build_report", "target"]
 
 log = logging.getLogger("xdfast")
 
@@ -45,6 +47,7 @@ def build_report(
     notes: Sequence[str] = (),
     seconds: float | None = None,
     policies: Sequence[PolicyRecord] = (),
+    vlas: Sequence[VLARecord] = (),
 ) -> Report:
     """Writes the page and the JSON.
 
@@ -60,22 +63,25 @@ def build_report(
         notes: sentences for under the title.
         seconds: rough limit of the measurement; default: 5 per model and batch size.
         policies: finished runs of robots' policies; the JSON then has ``robot``.
+        vlas: finished runs of policies of several tasks, by themselves; the JSON then has ``vla``.
 
     Returns:
         :class:`Report`.
 
     Raises:
-        ValueError: no records, or a bad batch size or image size.
+        ValueError: no records, a bad batch size or image size, or policies of several tasks next to other runs.
         OSError: the folder cannot be made or written; told before anything is measured.
     """
-    groups, left_out = group_runs(records) if records or not policies else ([], [])
+    if vlas and (records or policies or models):
+        raise ValueError("policies of several tasks have a page of their own: make two reports")
+    groups, left_out = group_runs(records) if records or not (policies or vlas) else ([], [])
     for batch in batch_sizes:
         check_size("batch_sizes", batch)
     if measure_speed and not batch_sizes:
         raise ValueError("batch_sizes must hold at least one size, or measure_speed=False")
     for model in models:
         check_size(f"image_size of {model.name}", model.image_size)
-    path, json_path = _target(Path(out))
+    path, json_path = target(Path(out))
     names = content.display_names(models)
     counts, count_notes = content.counted(models, names)
     speed = _speed(models, names, batch_sizes, device, seconds) if measure_speed and models else None
@@ -87,31 +93,37 @@ def build_report(
         *(content.notes_on_speed(speed) if speed else []),
     ]
     part = policy_part(policies) if policies else None
+    told = vla_part(vlas) if vlas else None
     data: dict[str, Any] = content.plain(
         {
             "title": title,
-            "headline": [*(part.headline if part else []), *content.headline(groups, cost, speed)],
+            "headline": [
+                *(part.headline if part else []),
+                *(told.headline if told else []),
+                *content.headline(groups, cost, speed),
+            ],
             "notes": list(notes),
             "remarks": warned,
             "accuracy": accuracy_table(groups),
             "cost": cost,
             "speed": speed.to_dict() if speed else None,
-            "runs": [_run(record) for record in [*records, *policies]],
+            "runs": [_run(record) for record in [*records, *policies, *vlas]],
             "skipped_images": {path: why for record in records for path, why in record.skipped.items()},
             "environment": content.environment(),
             **({"robot": part.data} if part else {}),
+            **({"vla": told.data} if told else {}),
         }
     )
     pictures = _pictures(groups, cost, data["speed"]) if groups else {section: [] for section in _SECTIONS}
-    page = _render(data, pictures, part)
+    page = _render(data, pictures, part, told)
     _write(json_path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     _write(path, page)
     log.info("report written to %s", path)
     return Report(path, json_path, data)
 
 
-def _target(path: Path) -> tuple[Path, Path]:
-    """The two files, in a folder that is known to be writable before anything is measured."""
+def target(path: Path) -> tuple[Path, Path]:
+    """The page and the JSON, in a folder that is known to be writable before anything is measured."""
     path = path.expanduser()
     if path.suffix.lower() not in (".html", ".htm"):
         path = path.with_name(path.name + ".html")
@@ -232,7 +244,9 @@ def _tradeoff(cost: Sequence[dict[str, Any]], speed: Any) -> Picture | None:
     return plots.tradeoff(points, label, name)
 
 
-def _render(data: dict[str, Any], pictures: dict[str, list[Picture]], part: PolicyPart | None) -> str:
+def _render(
+    data: dict[str, Any], pictures: dict[str, list[Picture]], part: PolicyPart | None, told: VLAPart | None
+) -> str:
     import jinja2
     import markupsafe  # comes with jinja2
 
@@ -248,6 +262,10 @@ def _render(data: dict[str, Any], pictures: dict[str, list[Picture]], part: Poli
         metric=lambda value, name: format_metric(name, value),
         points=format_difference,
         rate=lambda value: format_metric("success", value),
+        signed=points,
+        share=lambda value: "–" if value is None else f"{100 * value:.0f}",
+        whole=lambda text: text.replace(" %", "\u00a0%"),  # a number and its unit stay on one line
+        task=lambda name: short(name).removesuffix("-v3"),
         short=short,
         bytes=_bytes,
         giga=lambda v: "–" if v is None else f"{v / 1e9:.3g}" if v >= 1e7 else f"{v / 1e9:.2g}",
@@ -260,8 +278,11 @@ def _render(data: dict[str, Any], pictures: dict[str, list[Picture]], part: Poli
     rows = data["accuracy"] or []
     return jinja.get_template("page.html.j2").render(
         data=data,
-        pictures=pictures | (part.pictures if part else {"success": [], "training": [], "stages": []}),
-        clips=part.clips if part else [],
+        pictures=pictures
+        | {"success": [], "training": [], "stages": [], "pareto": []}
+        | (part.pictures if part else told.pictures if told else {}),
+        clips=part.clips if part else told.clips if told else [],
+        routes=told.routes if told else [],
         strips=part.strips if part else [],
         metrics={m: t for m, t in METRICS.items() if any(m in row["metrics"] for row in rows)},
         with_scratch=any(row["to_scratch"] for row in [*rows, *(robot["table"] if robot else [])]),

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-__all__ = ["ModelRecord", "PolicyRecord", "Report", "RunRecord"]
+__all__ = ["ModelRecord", "PolicyRecord", "Report", "RunRecord", "VLARecord"]
 
 
 @dataclass
@@ -78,6 +78,33 @@ class PolicyRecord(RunRecord):
     norm: str = ""
     source: str = ""
     demos: int | None = None
+    remarks: list[str] = field(default_factory=list)
+
+
+@dataclass
+class VLARecord(RunRecord):
+    """One finished run of a policy of several tasks. ``method`` is what it is called in tables, ``kind`` is "vla".
+
+    Attributes:
+        routing: "dense", or how its layers are chosen: "learned", "static" or "random".
+        target_flops: fraction of the stack's FLOPs that was asked for; None if dense.
+        is_teacher: whether a routed run of the report started from it.
+        tasks: one record per task in which it was evaluated (its episodes, videos, how it was evaluated).
+        paths: task → which layers ran: ``layers``, ``decisions``, ``dense``, ``nominal``, ``executed`` (FLOPs of the stack for a
+            sample, mean over decisions), ``use`` [L], ``use_over_time`` [bins][L] or None, ``paths`` [["1101", count], …],
+            ``distinct``. Empty if dense.
+        always_on: layers that are never skipped, from 0.
+        cost: what was counted and measured against the teacher; see :mod:`xdfast.pipeline.report_vla`. None if it was not.
+        remarks: what could not be found or done, for people.
+    """
+
+    routing: str = "dense"
+    target_flops: float | None = None
+    is_teacher: bool = False
+    tasks: list[PolicyRecord] = field(default_factory=list)
+    paths: dict[str, dict[str, Any]] = field(default_factory=dict)
+    always_on: tuple[int, ...] = ()
+    cost: dict[str, Any] | None = None
     remarks: list[str] = field(default_factory=list)
 
 

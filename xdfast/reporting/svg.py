@@ -42,12 +42,14 @@ def style(index: int, scratch: bool = False) -> dict[str, Any]:
     }
 
 
-def new_figure(width: float, height: float, columns: int = 1, **subplots: Any) -> tuple[Any, Sequence[Any]]:
-    """A figure in inches without pyplot, so without any global state; axes as a flat list."""
+def new_figure(
+    width: float, height: float, columns: int = 1, rows: int = 1, **subplots: Any
+) -> tuple[Any, Sequence[Any]]:
+    """A figure in inches without pyplot, so without any global state; axes as a flat list, row by row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False, **subplots)[0]
+    axes = figure.subplots(rows, columns, squeeze=False, **subplots).ravel()
     for ax in axes:
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
