@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 _NAMES = {
     "CompactVLA": "compact",
+    "HuggingFaceSpec": "hf_spec",
+    "HuggingFaceVLA": "hf",
     "InstructedVLA": "acting",
     "MultiTaskLoader": "multitask",
     "MultiTaskWindows": "multitask",
@@ -24,12 +26,16 @@ _NAMES = {
     "derive_student": "students",
     "hidden_states": "interface",
     "instructions_of": "instructions",
+    "load_hf_vla": "hf_pretrained",
     "load_vla": "files",
+    "save_hf_vla": "hf_pretrained",
     "save_vla": "files",
 }
 
 __all__ = [
     "CompactVLA",
+    "HuggingFaceSpec",
+    "HuggingFaceVLA",
     "InstructedVLA",
     "MultiTaskLoader",
     "MultiTaskWindows",
@@ -44,7 +50,9 @@ __all__ = [
     "derive_student",
     "hidden_states",
     "instructions_of",
+    "load_hf_vla",
     "load_vla",
+    "save_hf_vla",
     "save_vla",
 ]
 
@@ -52,6 +60,9 @@ if TYPE_CHECKING:
     from xdfast.robot.vla.acting import InstructedVLA
     from xdfast.robot.vla.compact import CompactVLA
     from xdfast.robot.vla.files import load_vla, save_vla
+    from xdfast.robot.vla.hf import HuggingFaceVLA
+    from xdfast.robot.vla.hf_pretrained import load_hf_vla, save_hf_vla
+    from xdfast.robot.vla.hf_spec import HuggingFaceSpec
     from xdfast.robot.vla.instructions import Tokenizer, instructions_of
     from xdfast.robot.vla.interface import Observation, TeacherVLA, check_teacher, hidden_states
     from xdfast.robot.vla.multitask import MultiTaskLoader, MultiTaskWindows, VLABatch
