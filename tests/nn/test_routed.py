@@ -205,6 +205,15 @@ def test_copies_are_independent() -> None:
     assert torch.equal(run(stack, "cpu", x), before)
 
 
+def test_a_stack_can_be_copied_after_a_pass_that_recorded_a_gradient() -> None:
+    stack = stack_of(blocks(), router=LayerRouter(D, L, hidden=8))
+    stack(torch.randn(B, T, D)).sum().backward()
+    assert stack.decision.gates.requires_grad
+    twin = copy.deepcopy(stack)
+    assert torch.equal(twin.decision.gates, stack.decision.gates) and not twin.decision.gates.requires_grad
+    assert torch.equal(twin.decision.probabilities, stack.decision.probabilities)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_other_dtypes(dtype) -> None:
     stack, x, gates = stack_of(blocks()).to(dtype), torch.randn(B, T, D).to(dtype), hard_gates(B)

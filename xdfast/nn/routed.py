@@ -46,6 +46,11 @@ class Decision:
     plan: RoutePlan | None
     executor: str
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Decision:
+        """Without its gradient, which torch refuses to copy: a model can be copied between its passes."""
+        probabilities = None if self.probabilities is None else self.probabilities.detach().clone()
+        return Decision(self.gates.detach().clone(), probabilities, self.plan, self.executor)
+
 
 class RoutedStack(nn.Module):
     r"""Layers of residual branches with one gate each: x ← x + g · f(norm(x)), the same in training and inference.

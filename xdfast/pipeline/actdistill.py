@@ -33,7 +33,7 @@ from xdfast.robot.vla import (
     save_vla,
 )
 
-__all__ = ["distill_vla"]
+__all__ = ["check_samples", "distill_vla"]
 
 log = logging.getLogger("xdfast")
 
@@ -151,7 +151,7 @@ def _samples(
     data = MultiTaskWindows(
         opened, spec.cameras, horizon=spec.horizon, image_size=spec.image_size, tasks=tasks, scratch=out
     )
-    _check_samples(data, vla)
+    check_samples(data, vla)
     loader = ViewLoader(
         data, vla.tokenizer, spec.text_length, config.batch_size, config.epoch_steps,
         views=config.views, shift=(min(spec.image_size) - spec.crop) // 2 if config.shift is None else config.shift,
@@ -160,7 +160,12 @@ def _samples(
     return loader, [d.fingerprint() for d in opened]
 
 
-def _check_samples(data: MultiTaskWindows, vla: CompactVLA) -> None:
+def check_samples(data: MultiTaskWindows, vla: CompactVLA) -> None:
+    """Whether a teacher can learn from samples.
+
+    Raises:
+        ValueError: actions or states of another size than its own, or not finite; names the task and the frames.
+    """
     for name, windows in zip(data.tasks, data.windows):
         for what, mine, theirs in (
             ("actions", windows.actions, vla.action_dim),

@@ -75,7 +75,7 @@ class Encapsulated:
             row = int((status != HIT).nonzero()[0][0])
             raise RuntimeError(
                 f"{self.store.folder}: the teacher's answer to sample {int(ids[row])}, view {int(views[row])}, is missing or "
-                "damaged; start the run again: it computes what is missing"
+                f"damaged; run `xdfast cache verify {self.store.folder} --repair`, then the same command again"
             )
         heads = self.heads
         semantics = found["semantics"].unflatten(1, (heads.num_layers, -1)).transpose(0, 1)
