@@ -185,7 +185,7 @@ def test_the_teacher_is_asked_in_eval_mode(teacher, demos, tmp_path) -> None:
     run = xdfast.distill(teacher=vla, demos=demos, out=str(tmp_path / "x"), **settings)
     folder = run.path / "stage1" / "targets"
     store = TeacherStore.load(folder)
-    assert store.layout.outputs == {"semantics": 4 * 16, "actions": 4 * 8 * 4} and store.count == 23
+    assert store.layout.outputs == {"semantics": 4 * 16, "actions": 4 * 8 * 4} and store.count == 24
     assert set(store.facts) == {"teacher", "heads", "data", "views", "amp"}
     assert (
         len(list(folder.glob("rows-*.bin"))) == 1
