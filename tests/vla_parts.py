@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import xdfast.nn
 from xdfast.robot import build_encoder
 from xdfast.robot.demos.episode import Episode
 from xdfast.robot.demos.format import DemoWriter
@@ -54,3 +55,26 @@ def observation(vla: CompactVLA, rows: int = 3):
     images = torch.randint(0, 256, (rows, len(spec.cameras), 1, *spec.image_size, 3), dtype=torch.uint8)
     told = vla.tokenizer.encode_all(["Open the drawer"] * rows, spec.text_length)
     return images, torch.randn(rows, 1, spec.state_dim), told
+
+
+def routed_vla(vla: CompactVLA, **options) -> CompactVLA:
+    """Its student, with a router of random weights; the first layer is always on."""
+    groups = list(vla.groups.values())
+    options = {"target_flops": 0.7, "always_on": (0,), "router": {"groups": groups, "hidden": 16}, **options}
+    student = xdfast.nn.route(vla, blocks="layers", tokens=vla.num_tokens, **options)
+    with torch.no_grad():
+        student.layers.router.head.weight.normal_()
+    return student
+
+
+@torch.no_grad()
+def split_decisions(vla: CompactVLA, seen) -> None:
+    """Moves the router's bias so that each of its layers runs for some of these observations and not for others, as far from the
+    threshold as it can be."""
+    router = vla.layers.router
+    logits = router(vla.embed(seen)).flatten(1).sort(0).values  # [B, L · S]
+    if len(logits) == 1:
+        return
+    gap = logits.diff(dim=0).argmax(0)
+    below, above = (logits.gather(0, (gap + i)[None])[0] for i in (0, 1))
+    router.head.bias -= (below + above) / 2

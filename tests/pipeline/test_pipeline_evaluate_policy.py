@@ -15,6 +15,7 @@ import psutil
 import pytest
 from policy_parts import write_demos
 from sim_process import needs_renderer
+from vla_parts import make_vla, routed_vla, split_decisions
 
 import xdfast
 from xdfast.pipeline.evaluate_policy import load_policy_evaluation
@@ -22,6 +23,7 @@ from xdfast.pipeline.suite import SuiteConfig, run_suite, suite_tasks
 from xdfast.reporting.intervals import wilson_interval
 from xdfast.robot.rollout import check_task, rollout
 from xdfast.robot.video import read_video
+from xdfast.robot.vla.cost import drawn_observations
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,7 +48,7 @@ def test_episodes_are_kept_filmed_and_summed_up(run, tmp_path) -> None:
     low, high = wilson_interval(int(first.metrics["solved"]), 2)
     assert first.metrics["success_low"] == low and first.metrics["success_high"] == high
     assert [e["seed"] for e in first.episodes] == [7, 8] and all(e["steps"] == 20 for e in first.episodes)
-    assert first.task == "metaworld/drawer-open-v3" and first.latency["p50"] > 0
+    assert first.task == "metaworld/drawer-open-v3" and first.latency["p50"] > 0 and first.routing == {}
     (name, file), *_ = first.videos.items()
     frames, _ = read_video(Path(out) / file)
     assert name == "failure-7" and frames.shape == (21, 24, 24, 3)
@@ -108,6 +110,60 @@ def test_an_evaluation_under_torchrun_is_refused(run, monkeypatch) -> None:
     monkeypatch.setattr("xdfast.distributed.world_size", lambda: 2)
     with pytest.raises(RuntimeError, match="a policy is evaluated in one process"):
         xdfast.evaluate(run, episodes=1)
+
+
+# --- routed policies
+
+
+@pytest.fixture
+def routed():
+    sentences = ("Pull the drawer open", "Push the drawer closed")
+    tasks = ("metaworld/drawer-open-v3", "metaworld/drawer-close-v3")
+    vla = routed_vla(make_vla(sentences=sentences, tasks=tasks, layers=5, n_action=4))
+    split_decisions(vla, drawn_observations(vla, 8))
+    return vla
+
+
+@needs_renderer
+def test_the_paths_of_an_interrupted_evaluation_are_those_of_an_unbroken_one(routed, tmp_path) -> None:
+    given = {**SHORT, "task": "drawer-open", "episodes": 3, "videos": 0}
+    whole = xdfast.evaluate(routed, out=str(tmp_path / "whole"), envs=2, **given)
+    assert whole.routing["decisions"] == 15 and whole.routing["layers"] == 5  # 3 episodes of 20 steps, 4 a decision
+    assert whole.metrics["flops_fraction"] == whole.routing["fraction"] < 1
+    assert whole.routing["use"][0] == 1 and len(whole.routing["use_over_time"]) == 10
+    assert load_policy_evaluation(tmp_path / "whole").routing == whole.routing
+    lines = (tmp_path / "whole" / "episodes.jsonl").read_text().splitlines()
+    assert all(len(json.loads(line)["paths"]) == 5 for line in lines[1:])
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "episodes.jsonl").write_text("\n".join([*lines[:2], lines[2][:-40]]))  # cut within the second episode
+    again = xdfast.evaluate(routed, out=str(broken), envs=1, **given)
+    assert again.routing == whole.routing and again.episodes == whole.episodes
+    # of more episodes than are asked for, the others do not count
+    fewer = xdfast.evaluate(routed, out=str(broken), **{**given, "episodes": 2})
+    assert fewer.routing["decisions"] == 10
+
+
+@needs_renderer
+def test_logs_and_evaluations_of_before_still_load(routed, tmp_path) -> None:
+    given = {**SHORT, "task": "drawer-open", "episodes": 1, "videos": 0, "out": str(tmp_path)}
+    first = xdfast.evaluate(routed.for_task("drawer-open"), **given)
+    assert first.routing["decisions"] == 5
+    log, file = tmp_path / "episodes.jsonl", tmp_path / "evaluation.json"
+    head, row = (json.loads(line) for line in log.read_text().splitlines())
+    log.write_text(json.dumps(head) + "\n" + json.dumps({k: row[k] for k in ("seed", "success", "steps", "actions")}))
+    without = xdfast.evaluate(routed, **given)
+    assert without.routing == {} and "flops_fraction" not in without.metrics
+    assert without.episodes == first.episodes
+    kept = json.loads(file.read_text())
+    del kept["routing"]
+    file.write_text(json.dumps(kept))
+    assert load_policy_evaluation(tmp_path).routing == {}
+
+
+def test_a_policy_of_several_tasks_needs_one_named(routed) -> None:
+    with pytest.raises(ValueError, match="the policy knows 2 tasks; name one: task='metaworld/drawer-open-v3'"):
+        xdfast.evaluate(routed, episodes=1)
 
 
 @needs_renderer

@@ -225,7 +225,8 @@ def evaluate(
 def _is_policy(model: Any, run: RunResult | None) -> bool:
     if isinstance(model, EvaluatePolicyConfig) or (run is not None and run.kind in ("policy", "vla")):
         return True
-    return isinstance(model, nn.Module) and type(model).__name__ == "DiffusionPolicy"
+    kinds = ("DiffusionPolicy", "CompactVLA", "HuggingFaceVLA", "InstructedVLA")
+    return isinstance(model, nn.Module) and type(model).__name__ in kinds
 
 
 def _evaluate_policy(

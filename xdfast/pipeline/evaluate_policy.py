@@ -9,7 +9,7 @@ import logging
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,10 @@ from xdfast.robot.policy_files import load_policy
 from xdfast.robot.rollout import EpisodeResult, check_task, film, rollout
 from xdfast.robot.runner import measure_latency
 from xdfast.robot.sim.names import task_spec
+from xdfast.robot.vla.paths import EpisodePaths, PathRecorder
+
+if TYPE_CHECKING:
+    from xdfast.robot.vla import CompactVLA, InstructedVLA
 
 __all__ = ["PolicyEvaluation", "evaluate_policy", "load_policy_evaluation"]
 
@@ -45,12 +49,16 @@ class PolicyEvaluation:
         path: its folder, with evaluation.json, episodes.jsonl, videos/, saliency.png.
         task: in which it acted.
         metrics: success (rate in [0, 1]), success_low and success_high (Wilson's 95 % interval), episodes, solved,
-            mean_steps (of the solved ones), latency_ms (median of one decision).
+            mean_steps (of the solved ones), latency_ms (median of one decision); of a routed VLA flops_fraction, FLOPs its
+            transformer executed over those of the dense one.
         episodes: seed, success and steps of each.
         videos: outcome ("success-SEED", "failure-SEED") → file in ``path``.
-        latency: of one decision, milliseconds; see :class:`xdfast.robot.runner.Latency`.
+        latency: of one decision on synthetic pictures, milliseconds; see :class:`xdfast.robot.runner.Latency`. A routed VLA may
+            take another path there than in its task; :func:`xdfast.robot.vla.cost.measure_vla` times it on real ones.
         saliency: file in ``path`` with what the encoder looked at over an episode; empty if there is none.
         settings: ``which`` policy of the run, and ``max_steps`` of an episode (None: the task's).
+        routing: of a routed VLA, which layers ran: :meth:`xdfast.robot.vla.paths.PathRecorder.summary` over all decisions of
+            the episodes; {} for others.
     """
 
     model: str
@@ -62,6 +70,7 @@ class PolicyEvaluation:
     latency: dict[str, Any] = field(default_factory=dict)
     saliency: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    routing: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -76,7 +85,9 @@ class PolicyEvaluation:
 
 
 def evaluate_policy(
-    config: EvaluatePolicyConfig, policy: DiffusionPolicy | None = None, run: RunResult | None = None
+    config: EvaluatePolicyConfig,
+    policy: DiffusionPolicy | CompactVLA | InstructedVLA | None = None,
+    run: RunResult | None = None,
 ) -> PolicyEvaluation:
     """Runs the episodes that are not in the folder yet and sums up; see :func:`xdfast.evaluate`.
 
@@ -97,7 +108,8 @@ def evaluate_policy(
     told = run is not None and run.kind == "vla"
     if policy is None:
         assert run is not None
-        policy = _told_policy(run, config) if told else load_policy(_which(run.path, config.which))
+        policy = run.policy if told else load_policy(_which(run.path, config.which))
+    policy = _told_policy(policy, config, "the policy" if run is None else str(run.path))
     task = config.task or policy.spec.task
     if not task:
         raise ValueError(
@@ -128,23 +140,36 @@ def evaluate_policy(
     line = ProgressLine(f"{name} on {task}", len(seeds), len(seeds) - len(missing), enabled=config.progress)
     solved = [log_file.done[seed].success for seed in seeds if seed in log_file.done]
 
+    recorder = PathRecorder.of(policy)
+    if recorder is not None:
+        for seed, known in log_file.paths.items():
+            recorder.add(seed, known)
+
     def tell(result: EpisodeResult) -> None:
-        log_file.add(result)
+        log_file.add(result, None if recorder is None else recorder.episode(result.seed))
         solved.append(result.success)
         line.update(len(solved), f"{sum(solved)} solved")
 
-    rollout(policy, task, missing, envs=config.envs, max_steps=config.max_steps, device=device, on_episode=tell)
+    rollout(
+        policy, task, missing, envs=config.envs, max_steps=config.max_steps, device=device, on_episode=tell, on_decision=recorder
+    )  # fmt: skip
     line.close(f"{sum(solved)} of {len(solved)} episodes solved")
     results = [log_file.done[seed] for seed in seeds]
+    routing = {} if recorder is None else recorder.summary(seeds)
     latency = measure_latency(policy, device=device)
     result = PolicyEvaluation(
         model=name,
         path=out,
         task=task,
-        metrics={**_metrics(results), "latency_ms": latency.p50},
+        metrics={
+            **_metrics(results),
+            "latency_ms": latency.p50,
+            **({"flops_fraction": routing["fraction"]} if routing else {}),
+        },
         episodes=[{"seed": r.seed, "success": r.success, "steps": r.steps} for r in results],
         latency=dataclasses.asdict(latency),
         settings={"which": config.which, "max_steps": config.max_steps},
+        routing=routing,
     )
     if out is not None:
         result.videos, result.saliency = _film(config, policy, task, results, out)
@@ -161,15 +186,16 @@ def load_policy_evaluation(path: Path) -> PolicyEvaluation | None:
     return PolicyEvaluation(**{**json.loads(file.read_text(encoding="utf-8")), "path": path})
 
 
-def _told_policy(run: RunResult, config: EvaluatePolicyConfig) -> Any:
-    """A policy of several tasks, told what the task asks for."""
+def _told_policy(policy: Any, config: EvaluatePolicyConfig, name: str) -> DiffusionPolicy | InstructedVLA:
+    """A policy of several tasks, told what the task asks for; others as they are."""
+    if not hasattr(policy, "for_task"):
+        return policy
     if config.task is None:
-        raise ValueError(
-            f"{run.path} knows {len(run.policy.spec.tasks)} tasks; name one: task={run.policy.spec.tasks[0]!r}"
-        )
+        first = f"; name one: task={policy.spec.tasks[0]!r}" if policy.spec.tasks else ""
+        raise ValueError(f"{name} knows {len(policy.spec.tasks)} tasks{first}")
     if config.which == "best":
         raise ValueError("of a policy of several tasks the last one is kept; leave out which='best'")
-    return run.policy.for_task(config.task)
+    return policy.for_task(config.task)
 
 
 def _which(folder: Path, which: str) -> Path:
@@ -195,7 +221,11 @@ def _metrics(results: list[EpisodeResult]) -> dict[str, float]:
 
 
 def _film(
-    config: EvaluatePolicyConfig, policy: DiffusionPolicy, task: str, results: list[EpisodeResult], out: Path
+    config: EvaluatePolicyConfig,
+    policy: DiffusionPolicy | InstructedVLA,
+    task: str,
+    results: list[EpisodeResult],
+    out: Path,
 ) -> tuple[dict[str, str], str]:
     """Videos of the first successes and failures, played again from their actions, and the saliency of the first of them."""
     chosen = [r for r in results if r.success][: config.videos] + [r for r in results if not r.success][: config.videos]
@@ -224,7 +254,7 @@ def _can_explain() -> bool:
     return True
 
 
-def _explain(policy: DiffusionPolicy, task: str, episode: EpisodeResult, seen: list[Any], file: Path) -> bool:
+def _explain(policy: Any, task: str, episode: EpisodeResult, seen: list[Any], file: Path) -> bool:
     """Whether there is a picture: an encoder may have no layer that keeps positions."""
     from xdfast.robot.saliency import film_strip
 
@@ -239,10 +269,12 @@ def _explain(policy: DiffusionPolicy, task: str, episode: EpisodeResult, seen: l
 
 
 class _EpisodeLog:
-    """Episodes as they end, one line each; those of another policy, task or simulator are thrown away."""
+    """Episodes as they end, one line each, of a routed VLA with its paths; those of another policy, task or simulator are
+    thrown away."""
 
     def __init__(self, folder: Path | None, key: dict[str, Any]) -> None:
         self.done: dict[int, EpisodeResult] = {}
+        self.paths: dict[int, EpisodePaths] = {}
         self._path = None if folder is None else folder / _EPISODES_FILE
         if self._path is None:
             return
@@ -259,18 +291,22 @@ class _EpisodeLog:
                 data = np.frombuffer(base64.b64decode(row["actions"]), dtype="<f4")
                 result = EpisodeResult(row["seed"], row["success"], row["steps"], data.reshape(row["steps"], -1))
                 self.done[result.seed] = result
+                if "paths" in row:
+                    self.paths[result.seed] = EpisodePaths(row["paths"], row["executor"])
         elif rows:
             log.info("%s holds episodes of another policy or task; evaluating anew", self._path)
         # written anew: a line cut by a kill would otherwise run into the next one
         lines = [json.dumps(row) for row in ([key] + (rows[1:] if self.done else []))]
         atomic_write(self._path, lambda aside: aside.write_text("\n".join(lines) + "\n", encoding="utf-8"))
 
-    def add(self, result: EpisodeResult) -> None:
+    def add(self, result: EpisodeResult, paths: EpisodePaths | None = None) -> None:
         self.done[result.seed] = result
         if self._path is None:
             return
         actions = base64.b64encode(np.ascontiguousarray(result.actions, dtype="<f4").tobytes()).decode()
         row = {"seed": result.seed, "success": result.success, "steps": result.steps, "actions": actions}
+        if paths is not None:
+            row |= dataclasses.asdict(paths)
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

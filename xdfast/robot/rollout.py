@@ -76,6 +76,7 @@ def rollout(
     max_steps: int | None = None,
     device: torch.device | str = "cpu",
     on_episode: Callable[[EpisodeResult], None] | None = None,
+    on_decision: Callable[[Sequence[int], Sequence[int]], None] | None = None,
 ) -> list[EpisodeResult]:
     """Runs one episode per seed and returns them in the order of the seeds.
 
@@ -90,6 +91,9 @@ def rollout(
         max_steps: longest episode; default: the task's.
         device: of the policy.
         on_episode: called with each as it ends, in order of ending.
+        on_decision: called after each pass of the policy, before the world moves on, with the seeds of the episodes it decided
+            for and the number of the decision in each, from 0. They are the first rows of the policy's batch, in this order;
+            rows after them only fill it up. Such as a :class:`xdfast.robot.vla.paths.PathRecorder`.
 
     Raises:
         ValueError: the policy does not fit the task; it gave a number that is not finite.
@@ -115,6 +119,8 @@ def rollout(
             images = observation["images"][live] if policy.spec.cameras else None
             actions = np.zeros(vector.action_space.shape, np.float32)
             actions[live] = runner.act(images, observation["state"][live], noise)
+            if on_decision is not None:
+                on_decision([seeds[running[s]] for s in live], [decisions[s] for s in live])  # type: ignore[index]
             observation, _, solved, late, info = vector.step(actions)
             restart = np.zeros(count, dtype=bool)
             next_seeds: list[int | None] = [None] * count

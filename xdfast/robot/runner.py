@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from xdfast.nn import routed_stacks
+from xdfast.nn.convert_hf import RoutedDecoder
 
 if TYPE_CHECKING:
     from xdfast.robot.policy import DiffusionPolicy
     from xdfast.robot.vla.acting import InstructedVLA
 
-__all__ = ["Latency", "PolicyRunner", "measure_latency"]
+__all__ = ["Latency", "PolicyRunner", "fixed_size", "measure_latency"]
 
 log = logging.getLogger("xdfast")
 
@@ -25,6 +30,10 @@ class PolicyRunner:
 
     On a GPU the whole decision (encoding, all denoising steps) is captured in one CUDA graph and replayed: one launch
     instead of hundreds (written for it, not yet run on a device). :attr:`reason` says what is used.
+
+    Of a policy with routed layers the host reads which layers run, so that what is skipped costs nothing: on a GPU it is not
+    captured as a whole, but one robot's layers are one graph each (:func:`fixed_size`). With ``executor="list"``, whose counts stay
+    on the device, it is captured like any other.
 
     Args:
         policy: moved to ``device``, in eval mode; a VLA with its instruction, :class:`xdfast.robot.vla.InstructedVLA`.
@@ -50,9 +59,15 @@ class PolicyRunner:
         self._sample: Any = policy.core
         if compile:
             self._sample = torch.compile(self._sample, dynamic=False)
-        wanted = self.device.type == "cuda" if graph is None else graph
+        read = any(stack.executor != "list" for stack in routed_stacks(self.policy))
+        wanted = (self.device.type == "cuda" and not read) if graph is None else graph
         if wanted and self.device.type != "cuda":
             raise ValueError(f"graph=True captures CUDA work; the policy is on {self.device}")
+        if wanted and read:
+            raise ValueError(
+                "graph=True cannot capture routed layers whose lists the host reads; leave graph out, or give the stack "
+                "executor='list'"
+            )
         self.reason = "captured in a CUDA graph" if wanted else f"eager on {self.device.type}"
         if compile:
             self.reason += ", denoising loop compiled"
@@ -86,7 +101,8 @@ class PolicyRunner:
         if self._graph is not None:
             return self._replay(images, state, noise)[:rows].cpu().numpy()
         images = None if images is None else images.to(self.device)
-        actions = self.policy.decide(images, state.to(self.device), noise.to(self.device), self._sample)
+        with fixed_size(self.policy, self.batch, self.device):
+            actions = self.policy.decide(images, state.to(self.device), noise.to(self.device), self._sample)
         return actions[:rows].cpu().numpy()
 
     def _capture(self) -> None:
@@ -111,6 +127,24 @@ class PolicyRunner:
                 static.copy_(given)
         self._graph.replay()
         return self._output
+
+
+@contextlib.contextmanager
+def fixed_size(policy: nn.Module, batch: int, device: torch.device) -> Iterator[None]:
+    """Within the block the policy's routed stacks know that shapes stay: one sample on a GPU then runs by ``executor="graph"``.
+
+    ``"auto"`` does not choose that by itself, as it captures anew whenever the number of tokens changes. Stacks with an executor
+    of their own keep it, decoders of transformers (whose layers take caches and masks) ``"auto"``, and so does everything on a CPU.
+    """
+    stacks = routed_stacks(policy) if device.type == "cuda" and batch == 1 else []
+    stacks = [stack for stack in stacks if stack.executor == "auto" and not isinstance(stack, RoutedDecoder)]
+    for stack in stacks:
+        stack.executor = "graph"
+    try:
+        yield
+    finally:
+        for stack in stacks:
+            stack.executor = "auto"
 
 
 @dataclass
@@ -163,7 +197,8 @@ def measure_latency(
             condition = policy.condition(features, on_device[1])  # type: ignore[arg-type]
             finish()
             encoded = time.perf_counter()
-            runner._sample(condition, on_device[2])
+            with fixed_size(policy, batch, runner.device):
+                runner._sample(condition, on_device[2])
             finish()
             if run >= 0:  # the first ones warm up
                 whole.append(done - began)
