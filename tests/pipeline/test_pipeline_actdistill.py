@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from vla_parts import TASKS, make_vla, write_task
+from vla_parts import SIZE, TASKS, make_vla, write_task
 
 import xdfast
 from xdfast.cli import main, parse_config
@@ -21,7 +21,7 @@ from xdfast.pipeline.actdistill import check_samples
 from xdfast.pipeline.actdistill_task import ActDistillTask, EncapsulationTask
 from xdfast.robot.demos.open import open_demos
 from xdfast.robot.model_files import load_weights
-from xdfast.robot.vla import MultiTaskWindows, Observation, ViewLoader, derive_student, load_vla
+from xdfast.robot.vla import MultiTaskWindows, Observation, ViewLoader, derive_student, instructions_of, load_vla
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -319,3 +319,35 @@ def _flag(name, value) -> list[str]:
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag[2:]}"]
     return [flag, str(value)]
+
+
+@pytest.mark.parametrize("head", ["regression", "bins"])
+def test_a_decoder_of_transformers_as_teacher(head, demos, tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from xdfast.robot.vla import HuggingFaceVLA, save_vla
+
+    backbone = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, pad_token_id=0
+    )
+    teacher = HuggingFaceVLA.from_config(
+        backbone, "test_vit", action_dim=4, state_dim=9, cameras=("dp3",), image_size=(SIZE, SIZE), horizon=2, n_action=2,
+        text_length=8, begin=1, vision_size=32, sentences=[text for task in TASKS for text in instructions_of(task)],
+        tasks=TASKS, head=head,
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        teacher.state_norm.fit(-torch.ones(9), torch.ones(9))
+        teacher.action_norm.fit(-torch.ones(4), torch.ones(4))
+    save_vla(teacher, tmp_path / "teacher")
+    settings = {**SMALL, "demos": demos, "heads_steps": 3, "steps": 30, "views": 1}
+    run = xdfast.distill(teacher=str(tmp_path / "teacher"), out=str(tmp_path / "x"), **settings)
+    rows = [row for row in run.history if row["kind"] == "train"]
+    assert rows[-1]["loss_policy"] < rows[0]["loss_policy"]
+    student, seen = run.policy, samples(demos, run.policy)
+    assert isinstance(student, HuggingFaceVLA) and run.metrics["flops_fraction"] <= 0.75
+    assert student.act(seen.images, seen.state, seen.instruction).shape == (6, 2, 4)
+    tokens = teacher.embed(seen)
+    mask = teacher.readable(tokens)
+    hidden = (seen.instruction == teacher.tokenizer.pad).sum(1) + (
+        7 if head == "bins" else 0
+    )  # 2 · 4 numbers, the first asked for
+    assert torch.equal((~mask).sum(1), hidden)

@@ -16,14 +16,13 @@ from xdfast.nn import calibrate_model, routed_stacks
 from xdfast.nn.lora import merge_lora
 from xdfast.pipeline.actdistill_config import ActDistillConfig
 from xdfast.pipeline.actdistill_stage1 import run_stage1
-from xdfast.pipeline.actdistill_task import ActDistillTask
+from xdfast.pipeline.actdistill_task import ActDistillTask, embedded
 from xdfast.pipeline.alone import alone_in
 from xdfast.pipeline.folder import RunResult, finish, load_run, open_folder
 from xdfast.pipeline.loop import train
 from xdfast.pipeline.vla_tasks import evaluate_tasks, task_demonstrations
 from xdfast.robot.sim.names import task_spec
 from xdfast.robot.vla import (
-    CompactVLA,
     MultiTaskWindows,
     ViewLoader,
     check_teacher,
@@ -46,7 +45,7 @@ def distill_vla(config: ActDistillConfig, teacher: Any = None) -> RunResult:
 
     Args:
         config: settings.
-        teacher: a :class:`xdfast.robot.vla.CompactVLA`, where the config cannot name it.
+        teacher: a model, such as a :class:`xdfast.robot.vla.CompactVLA`, where the config cannot name it.
 
     Raises:
         ValueError: bad settings; a teacher that is routed or has no demonstrations; demonstrations that do not fit it, or
@@ -124,9 +123,7 @@ def _teacher(config: ActDistillConfig, given: Any) -> tuple[Any, dict[str, Any]]
     return vla, trained
 
 
-def _samples(
-    config: ActDistillConfig, vla: CompactVLA, trained: dict[str, Any], out: Path
-) -> tuple[ViewLoader, list[Any]]:
+def _samples(config: ActDistillConfig, vla: Any, trained: dict[str, Any], out: Path) -> tuple[ViewLoader, list[Any]]:
     """The demonstrations as samples with views, and their fingerprints."""
     spec = vla.spec
     tasks = [task_spec(name).name for name in (config.tasks or trained.get("tasks") or spec.tasks)]
@@ -154,13 +151,19 @@ def _samples(
     check_samples(data, vla)
     loader = ViewLoader(
         data, vla.tokenizer, spec.text_length, config.batch_size, config.epoch_steps,
-        views=config.views, shift=(min(spec.image_size) - spec.crop) // 2 if config.shift is None else config.shift,
+        views=config.views, shift=_shift(spec) if config.shift is None else config.shift,
         seed=config.seed, rank=distributed.rank(), world_size=distributed.world_size(),
     )  # fmt: skip
     return loader, [d.fingerprint() for d in opened]
 
 
-def check_samples(data: MultiTaskWindows, vla: CompactVLA) -> None:
+def _shift(spec: Any) -> int:
+    """What the teacher's crop leaves on each side; a sixteenth of the picture where it has none."""
+    side = min(spec.image_size)
+    return (side - spec.crop) // 2 if hasattr(spec, "crop") else side // 16
+
+
+def check_samples(data: MultiTaskWindows, vla: Any) -> None:
     """Whether a teacher can learn from samples.
 
     Raises:
@@ -202,14 +205,14 @@ def _batches(loader: ViewLoader, device: torch.device) -> list[Any]:
     batches = [loader.read(part, torch.zeros_like(part)) for part in ids.split(64)]
     for batch in batches:
         batch.images, batch.state = batch.images.to(device), batch.state.to(device)
-        batch.instruction = batch.instruction.to(device)
+        batch.instruction, batch.actions = batch.instruction.to(device), batch.actions.to(device)
     return batches
 
 
 @torch.no_grad()
 def _states(vla: Any, loader: ViewLoader, config: ActDistillConfig, device: torch.device) -> list[torch.Tensor]:
     """h₀ … h_L of the teacher on samples of all tasks."""
-    parts = [hidden_states(vla.layers, vla.embed(batch)) for batch in _batches(loader, device)]
+    parts = [hidden_states(vla.layers, embedded(vla, batch)) for batch in _batches(loader, device)]
     return [torch.cat(layer) for layer in zip(*parts)]
 
 
@@ -236,4 +239,4 @@ def _fraction(student: Any, loader: ViewLoader, config: ActDistillConfig, device
 
 
 def _pass(student: Any, batch: Any) -> Any:
-    return student.layers(student.embed(batch))
+    return student.layers(embedded(student, batch))

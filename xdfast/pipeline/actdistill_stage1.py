@@ -168,7 +168,7 @@ def _fill(
             batch = loader.read(ids[rows], views[rows])
             with torch.no_grad(), autocast(config, device):
                 images, _ = task.inputs(batch, device)
-                semantics, actions = heads(task.teach(images, batch)["hidden"])
+                semantics, actions = heads(**task.teach(images, batch))
             outputs = {"semantics": semantics, "actions": actions.flatten(2)}
             packed = {name: value.float().transpose(0, 1).flatten(1).cpu() for name, value in outputs.items()}
             store.write(ids[rows], views[rows], 0, packed)

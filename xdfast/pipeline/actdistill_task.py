@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,14 @@ from xdfast.nn import GraphEncapsulation, RandomRouter, StaticRouter, routed_sta
 from xdfast.pipeline.task import TrainingTask
 from xdfast.robot.vla import Observation, ViewBatch, hidden_states
 
-__all__ = ["ActDistillTask", "EncapsulationTask", "normalised", "vision_of"]
+__all__ = ["ActDistillTask", "EncapsulationTask", "embedded", "normalised", "readable", "vision_of"]
+
+
+@dataclass(frozen=True)
+class Demonstrated(Observation):
+    """B observations with what was done, raw ``[B, H, A]``."""
+
+    actions: Tensor
 
 
 class EncapsulationTask(TrainingTask):
@@ -43,13 +51,19 @@ class EncapsulationTask(TrainingTask):
     def teach(self, images: Tensor, batch: ViewBatch) -> dict[str, Tensor]:
         """Tokens after every layer, ``[L, B, T, D]``."""
         with torch.no_grad():
-            return {
-                "hidden": torch.stack(hidden_states(self.teacher.layers, _embedded(self.teacher, images, batch))[1:])
-            }
+            device = images.device
+            state, told = (x.to(device, non_blocking=True) for x in (batch.state, batch.instruction))
+            actions = batch.actions.to(device, non_blocking=True)
+            tokens = embedded(self.teacher, Demonstrated(images, state, told, actions))
+            hidden = torch.stack(hidden_states(self.teacher.layers, tokens)[1:])
+            mask = readable(self.teacher, tokens)
+            return {"hidden": hidden} if mask is None else {"hidden": hidden, "mask": mask}
 
-    def forward(self, images: Tensor, targets: Tensor | None, hidden: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, targets: Tensor | None, hidden: Tensor | None = None, mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
         assert targets is not None and hidden is not None  # every rank has rows in every step
-        _, actions = self.student(hidden)
+        _, actions = self.student(hidden, mask=mask)
         per_layer = stage1_loss(actions, targets, reduction="none")
         return {"loss": per_layer.mean(), "first": per_layer[0].detach(), "last": per_layer[-1].detach()}
 
@@ -138,8 +152,8 @@ class ActDistillTask(TrainingTask):
         # every rank has rows in every step: see MultiTaskLoader
         assert targets is not None and state is not None and instruction is not None
         student, stack = self.student, self.stack[0]
-        states = hidden_states(student.layers, student.embed(Observation(images, state, instruction)))
-        semantics, actions = self.heads(torch.stack(states[1:]))
+        states = hidden_states(student.layers, embedded(student, Demonstrated(images, state, instruction, targets)))
+        semantics, actions = self.heads(torch.stack(states[1:]), mask=readable(student, states[0]))
         dual = self.dual(semantics, actions, teacher_semantics, teacher_actions, normalised(student, targets))
         policy = student.chunk_loss(states[-1], targets)
         self.budget.target_flops = self.target_at(step)
@@ -173,6 +187,12 @@ def vision_of(vla: Any) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def _embedded(vla: Any, images: Tensor, batch: ViewBatch) -> Tensor:
-    state = batch.state.to(images.device, non_blocking=True)
-    return vla.embed(Observation(images, state, batch.instruction.to(images.device, non_blocking=True)))
+def embedded(vla: Any, batch: Any) -> Tensor:
+    """The tokens that enter layer 0 where the actions are known: of a model that generates them, with the demonstrated ones."""
+    return getattr(vla, "embed_demonstrated", vla.embed)(batch)
+
+
+def readable(vla: Any, tokens: Tensor) -> Tensor | None:
+    """Which tokens graph heads may read, ``[B, T]``; None: all. Padding says nothing, and action tokens are the answer."""
+    found = getattr(vla, "readable", None)
+    return None if found is None else found(tokens)

@@ -163,8 +163,9 @@ def _weights_of(config: RunConfig) -> dict[str, str]:
         if not isinstance(spec, str):
             continue
         folder = Path(str(model_source(spec)) if not spec.startswith("object:") else spec)
-        if (folder / "vla" / "vla.safetensors").is_file():
-            folder, name = folder / "vla", "vla.safetensors"
+        if (folder / "vla").is_dir():
+            folder = folder / "vla"
+            name = "vla.safetensors" if (folder / "vla.safetensors").is_file() else "hf_vla.safetensors"
         elif (folder / "policy" / "policy.safetensors").is_file():  # a policy, for its encoder
             folder, name = folder / "policy", "policy.safetensors"
         else:

@@ -21,11 +21,12 @@ __all__ = ["load_vla", "save_vla"]
 _NAME = "vla"
 
 
-def save_vla(vla: CompactVLA, folder: str | Path, *, extra: dict[str, Any] | None = None) -> Path:
+def save_vla(vla: Any, folder: str | Path, *, extra: dict[str, Any] | None = None) -> Path:
     """Writes weights (normalisation included), spec and vocabulary; of a routed one its router; each file whole or not at all.
 
     Args:
-        vla: what to save.
+        vla: what to save; of a :class:`xdfast.robot.vla.HuggingFaceVLA` the files are those of
+            :func:`xdfast.robot.vla.save_hf_vla`.
         folder: made if missing.
         extra: JSON-able facts to keep, such as settings and metrics.
 
@@ -33,12 +34,17 @@ def save_vla(vla: CompactVLA, folder: str | Path, *, extra: dict[str, Any] | Non
         ValueError: its router is of a class of yours.
         CheckpointError: the files cannot be written.
     """
+    if not isinstance(vla, CompactVLA):
+        from xdfast.robot.vla.hf_pretrained import save_hf_vla
+
+        return save_hf_vla(vla, folder, extra=extra)
     routed = {"route": route_facts(vla)} if hasattr(vla, "xdfast_route") else {}
     return write_model(vla, vla.spec.to_dict(), folder, _NAME, {**(extra or {}), **routed})
 
 
-def load_vla(folder: str | Path, *, encoder: nn.Module | None = None, device: torch.device | str = "cpu") -> CompactVLA:
-    """A VLA from the folder of a run, or from its ``vla/``, routed if it was; in eval mode.
+def load_vla(folder: str | Path, *, encoder: nn.Module | None = None, device: torch.device | str = "cpu") -> Any:
+    """A VLA from the folder of a run, or from its ``vla/``, routed if it was; in eval mode. A :class:`CompactVLA`, or what
+    :func:`xdfast.robot.vla.save_hf_vla` wrote.
 
     Args:
         folder: where it is.
@@ -50,6 +56,12 @@ def load_vla(folder: str | Path, *, encoder: nn.Module | None = None, device: to
         CheckpointError: damaged files, or weights that do not fit the spec.
         ValueError: the encoder is a module of yours and was not passed.
     """
+    folder = Path(folder).expanduser()
+    for place in (folder, folder / _NAME, folder / "hf_vla"):
+        if (place / "hf_vla.json").is_file():
+            from xdfast.robot.vla.hf_pretrained import load_hf_vla
+
+            return load_hf_vla(place, device=device)
     folder = find_folder(folder, _NAME, "VLA")
     spec = read_spec(folder / f"{_NAME}.json", VLASpec.from_dict)
     if encoder is None and not spec.encoder.architecture:

@@ -202,6 +202,27 @@ class HuggingFaceVLA(nn.Module):
             self._look_at(batch.images, batch.state, batch.instruction)
         return self.tokens(self.features(batch.images), batch.state, batch.instruction)
 
+    def embed_demonstrated(self, batch: Observed) -> Tensor:
+        """As :meth:`embed`, for learning: with ``head="bins"`` the action tokens are the demonstrated ones (``batch.actions``)."""
+        if not isinstance(self.head, BinsHead):
+            return self.embed(batch)
+        if batch.state.device.type == "cpu":
+            self._look_at(batch.images, batch.state, batch.instruction)
+        prompt = self.prompt(self.features(batch.images), batch.state, batch.instruction)
+        actions: Tensor = batch.actions  # type: ignore[attr-defined]
+        return self._with_actions(prompt, self.head.encode(self._target(actions, len(prompt))))
+
+    def readable(self, tokens: Tensor) -> Tensor:
+        """Which tokens graph heads may read, bool ``[B, T]``: no padding, and no action tokens, which are the answer.
+
+        Args:
+            tokens: of :meth:`embed`, ``[B, T, D]``.
+        """
+        found = self.layers.real(tokens).clone()
+        if isinstance(self.head, BinsHead):
+            found[:, tokens.shape[1] - (self.head.slots - 1) :] = False
+        return found
+
     def decode(self, tokens: Tensor, noise: Tensor | None = None) -> Tensor:
         """``[B, T, D]`` after the last layer → normalised actions ``[B, H, A]``.
 
@@ -320,10 +341,8 @@ class HuggingFaceVLA(nn.Module):
         actions: Tensor = batch.actions  # type: ignore[attr-defined]
         if not isinstance(self.head, BinsHead):
             return self.chunk_loss(self.layers(self.embed(batch)), actions)
-        target = self._target(actions, len(batch.images))
-        prompt = self.prompt(self.features(batch.images), batch.state, batch.instruction)
-        states = self.layers(self._with_actions(prompt, self.head.encode(target)))
-        return self.head.loss(self.norm(states[:, -self.head.slots :]), target)
+        states = self.layers(self.embed_demonstrated(batch))
+        return self.head.loss(self.norm(states[:, -self.head.slots :]), self._target(actions, len(states)))
 
     def chunk_loss(self, tokens: Tensor, actions: Tensor, draws: int = 8) -> Tensor:
         """:meth:`loss` from the tokens after the last layer (with ``head="bins"`` each token after those the model chose itself).
