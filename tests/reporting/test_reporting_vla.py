@@ -21,7 +21,7 @@ from xdfast.reporting.vla_tables import (
     success_table,
     task_names,
 )
-from xdfast.reporting.vla_words import findings, points, remarks
+from xdfast.reporting.vla_words import findings, points, remarks, unsteady
 
 OPEN, CLOSE = "metaworld/drawer-open-v3", "metaworld/drawer-close-v3"
 TIMES = {
@@ -193,8 +193,11 @@ def test_what_is_not_comparable_is_told() -> None:
     blind = record("blind", "static", paths={})
     groups, _ = groups_of([record(), student, blind])
     text = " ".join(remarks(groups, success_table(groups)["total"]))
-    assert "drawer-open-v3: the runs were not evaluated in the same episodes (vla 10, stu 20, blind 10)" in text
-    assert "episodes ended after different numbers of steps (99, the task's)" in text and "stu: x was gone" in text
+    assert "Every task: the runs were not evaluated in the same episodes (vla 10, stu 20, blind 10)" in text
+    assert (
+        "drawer-open-v3: episodes ended after different numbers of steps (99, the task's)" in text
+        and "stu: x was gone" in text
+    )
     assert "student, 50 %: 50 % of the FLOPs were asked for, 70 % were executed" in text
     assert (
         "static, 50 %: its share of FLOPs is not known, because the evaluation does not tell which layers ran" in text
@@ -213,6 +216,10 @@ def test_unsteady_measurements_are_not_stated() -> None:
     }
     words, _ = told_of([record(), record("stu", "learned", cost=wide)])
     assert words[-1] == "The speedup at batch 1 was too uncertain to state."
+    slow = {"dense": {"p50": 20.0, "p95": 41.0}, "routed": {"p50": 10.0, "p95": 14.0}}
+    row = {"label": "student", "measured": [{"batch": 1, "stack": slow, "decision": None}]}
+    assert unsteady([row])[0].startswith("The machine was not quiet during the measurement (student at batch 1:")
+    assert unsteady([{**row, "measured": COST["measured"]}]) == []
 
 
 def test_cost_is_that_of_the_episodes_where_it_is_known() -> None:

@@ -80,7 +80,7 @@ def _cost(
 
     dense, routed = teacher.policy, run.policy
     seen = _observations(dense, [teacher, run])
-    told = "demonstrations" if seen is not None else "drawn at random"
+    told = "moments of the demonstrations" if seen is not None else "observations drawn at random"
     seen = drawn_observations(dense, _OBSERVATIONS) if seen is None else seen
     if not batches:
         return {"counted": _counted(count_vla(dense, routed, seen)), "measured": [], "machine": "", "measurement": None}
@@ -108,7 +108,7 @@ def _cost(
     return {
         "counted": _counted(result["flops"]),
         "measured": measured,
-        "machine": f"{device_name(place)}{threads}; {len(seen.images)} observations, {told}",
+        "machine": f"{device_name(place)}{threads}; {len(seen.images)} {told}",
         "measurement": {"run": run.path.name, "teacher": teacher.path.name, "key": key, "result": result},
     }
 

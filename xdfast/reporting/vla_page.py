@@ -26,7 +26,7 @@ from xdfast.reporting.vla_tables import (
     task_groups,
     vlas_of,
 )
-from xdfast.reporting.vla_words import findings, remarks
+from xdfast.reporting.vla_words import findings, remarks, unsteady
 
 __all__ = ["VLAPart", "vla_part"]
 
@@ -81,8 +81,8 @@ def vla_part(records: Sequence[VLARecord]) -> VLAPart:
             for group, run in routed
         ],
         "paths": [{"label": group.label, "run": run.name, **path_table([run])} for group, run in routed],
-        "settings": differing_settings([TaskGroups("", groups)]),
-        "remarks": [*remarks(groups, success["total"]), *left_out, *clips.missing],
+        "settings": differing_settings([TaskGroups("", _alike(groups))]),
+        "remarks": [*remarks(groups, success["total"]), *unsteady(cost), *left_out, *clips.missing],
         "videos": [clip.to_dict() for clip in clips.shown],
         "videos_left_out": [clip.to_dict() for clip in clips.left_out],
     }
@@ -97,6 +97,13 @@ def vla_part(records: Sequence[VLARecord]) -> VLAPart:
         [route for route in routes if route["picture"]],
         _cards(tasks, clips.shown),
     )
+
+
+def _alike(groups: Sequence[Group]) -> list[Group]:
+    """Those whose settings can be compared: a student's are other ones than its teacher's."""
+    dense = [group for group in groups if role(group) in ("teacher", "dense")]
+    routed = [group for group in groups if group not in dense]
+    return routed if len(routed) > 1 else dense
 
 
 def _route(group: Group, run: VLARecord) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from xdfast.reporting.groups import Group
 from xdfast.reporting.policy_words import short
 from xdfast.reporting.vla_tables import EQUAL, fraction_of, task_names, vlas_of
 
-__all__ = ["findings", "points", "remarks", "speed_words"]
+__all__ = ["findings", "points", "remarks", "speed_words", "unsteady"]
 
 #: More students are told by the tables alone.
 _MOST = 4
@@ -106,19 +106,12 @@ def remarks(groups: Sequence[Group], total: dict[str, Any]) -> list[str]:
         )
     elif left:
         told.append("No task was evaluated by all, so there is no total.")
+    differing: dict[str, list[str]] = {}
     for name in names:
-        mine = [
-            (run.name, task) for group in groups for run in vlas_of(group) for task in run.tasks if task.task == name
-        ]
-        if len({tuple(sorted(e["seed"] for e in task.episodes)) for _, task in mine}) > 1:
-            listed = ", ".join(f"{run} {len(task.episodes)}" for run, task in mine)
-            told.append(
-                f"{short(name)}: the runs were not evaluated in the same episodes ({listed}); compare with care."
-            )
-        limits = {task.evaluated.get("max_steps") for _, task in mine}
-        if len(limits) > 1:
-            listed = ", ".join("the task's" if x is None else str(x) for x in sorted(limits, key=str))
-            told.append(f"{short(name)}: episodes ended after different numbers of steps ({listed}).")
+        for text in _unequal(groups, name):
+            differing.setdefault(text, []).append(short(name))
+    for text, where in differing.items():
+        told.append(f"{'Every task' if len(where) == len(names) > 1 else ', '.join(where)}: {text}")
     said: dict[str, list[str]] = {}
     for group in groups:
         for run in vlas_of(group):
@@ -137,6 +130,40 @@ def remarks(groups: Sequence[Group], total: dict[str, Any]) -> list[str]:
             "Episodes of several training runs are pooled. Runs that are tried in the same worlds are not independent, so the "
             "intervals over episodes are a little too narrow; those over training seeds stand beside them."
         )
+    return told
+
+
+def unsteady(cost: Sequence[dict[str, Any]]) -> list[str]:
+    """Whether the machine was quiet enough for latencies to mean something."""
+    busy = [
+        f"{row['label']} at batch {m['batch']}"
+        for row in cost
+        for m in row["measured"]
+        if any(t["p95"] > 2 * t["p50"] for part in ("stack", "decision") if m.get(part) for t in _times(m[part]))
+    ]
+    if not busy:
+        return []
+    return [
+        f"The machine was not quiet during the measurement ({', '.join(busy)}: p95 above twice the median): latencies are too "
+        "high, and speedups as uncertain as their intervals."
+    ]
+
+
+def _times(part: dict[str, Any]) -> list[dict[str, float]]:
+    return [part["dense"], part["routed"]]
+
+
+def _unequal(groups: Sequence[Group], name: str) -> list[str]:
+    """How the evaluations in a task differ."""
+    mine = [(run.name, task) for group in groups for run in vlas_of(group) for task in run.tasks if task.task == name]
+    told = []
+    if len({tuple(sorted(e["seed"] for e in task.episodes)) for _, task in mine}) > 1:
+        listed = ", ".join(f"{run} {len(task.episodes)}" for run, task in mine)
+        told.append(f"the runs were not evaluated in the same episodes ({listed}); compare with care.")
+    limits = {task.evaluated.get("max_steps") for _, task in mine}
+    if len(limits) > 1:
+        listed = ", ".join("the task's" if x is None else str(x) for x in sorted(limits, key=str))
+        told.append(f"episodes ended after different numbers of steps ({listed}).")
     return told
 
 
