@@ -35,6 +35,7 @@ SIZES = {
     "L": Size(1024, 16, 4),
     "llama": Size(1024, 16, 4, 292, "llama", 4, 2816),
     "llama-7b": Size(4096, 32, 4, 292, "llama", 8, 11008),
+    "vla-7b": Size(4096, 32, 32, 292, "llama", 32, 11008),  # all 32 layers of Llama 2 7B, OpenVLA's backbone
     "tiny": Size(64, 2, 3, 16),
     "llama-tiny": Size(64, 4, 3, 12, "llama", 2, 96),
 }
@@ -203,7 +204,8 @@ def _vit(size: Size) -> tuple[list[nn.Module], list[list[Branch]]]:
 def build(case: RoutedCase, device: str = "cpu") -> RoutedStack:
     """The case's stack with fixed random weights, nothing always on; gates are given."""
     size = SIZES[case.size]
-    with torch.random.fork_rng(devices=[]):
+    # made where it runs: 6 billion random numbers take a CPU minutes
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         layers, branches = (_llama if size.kind == "llama" else _vit)(size)
     stack = RoutedStack(
@@ -220,6 +222,10 @@ def default_cases(device: str = "cpu", shares: Sequence[float] | None = None) ->
         cases += [RoutedCase(size, 1, "bfloat16", "path", (1.0, 0.5)) for size in ("S", "B", "L", "llama-7b")]
         cases += [RoutedCase("B", 64, "bfloat16", "tokens", (0.5, 0.25), "active")]
         cases += [RoutedCase("B", 64, "bfloat16", shares=(0.5,), train=True)]
+        cases += [
+            RoutedCase("vla-7b", 1, "bfloat16", "path", (0.5,)),
+            RoutedCase("vla-7b", 16, "bfloat16", shares=(0.5,)),
+        ]
     else:
         cases = [RoutedCase(size, 16, dtype) for dtype in ("bfloat16", "float32") for size in ("S", "B")]
         cases += [RoutedCase("S", 16, "float32", shares=(0.5,), train=True)]

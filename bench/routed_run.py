@@ -38,7 +38,7 @@ class RoutedOptions:
     """
 
     sizes: tuple[str, ...] = ()
-    """S, B, L (ViT), llama (D = 1024), llama-7b."""
+    """S, B, L (ViT), llama (D = 1024), llama-7b (4 layers of it), vla-7b (all 32)."""
     batch: tuple[int, ...] = ()
     """Batch sizes; default 16 on the CPU, 64 on a GPU."""
     shares: tuple[float, ...] = ()

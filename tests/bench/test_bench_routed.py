@@ -226,7 +226,13 @@ def test_the_default_cases_hold_every_promise() -> None:
     promised = {(c.size, c.dtype) for c in cases if c.batch == 16 and c.gates == "exact" and not c.train}
     assert promised == set(routed.MUST_REACH) and len({str(c) for c in cases}) == len(cases)
     assert any(c.train for c in cases) and {c.gates for c in cases} >= {"exact", "path", "bernoulli", "clustered"}
-    assert {c.batch for c in default_cases("cuda")} == {1, 4, 16, 64}
+    on_gpu = default_cases("cuda")
+    assert {c.batch for c in on_gpu} == {1, 4, 16, 64}
+    whole = [c for c in on_gpu if (c.size, c.dtype) in routed.CUDA_MUST_REACH]
+    assert [(c.batch, c.gates, c.shares) for c in whole] == [(1, "path", (0.5,)), (16, "exact", (0.5,))]
+    result = {"size": "vla-7b", "dtype": "bfloat16", "device": "cuda", "batch": 1, "gates": "path", "train": False}
+    result["shares"] = [_row(0.5, eager=1.8)]
+    assert [(t["rival"], t["target"], t["met"]) for t in routed.targets(result)] == [("eager", 1.75, True)]
     assert {c.shares for c in default_cases("cpu", (0.5,))} == {(0.5,)}
 
 

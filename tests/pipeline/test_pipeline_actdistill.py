@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,6 +245,17 @@ def test_a_damaged_answer_is_computed_again_or_told(student, teacher, tmp_path) 
     first = actdistill_stage1.Encapsulated(heads, store, {})
     with pytest.raises(RuntimeError, match="is missing or damaged; run `xdfast cache verify .* --repair`"):
         first.targets(torch.arange(24), torch.zeros(24, dtype=torch.int64))
+
+
+def test_the_documented_loop_runs(teacher, demos) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "actdistill.md").read_text(encoding="utf-8")
+    code = text.partition("```python")[2].partition("```")[0]
+    vla, batch = teacher.policy, samples(demos, teacher.policy)
+    shapes = {"teacher_semantics": (4, 6, 512), "teacher_actions": (4, 6, 8, 4), "target": (6, 8, 4)}
+    names = {"teacher": vla, "batch": batch, **{name: torch.randn(shape) for name, shape in shapes.items()}}
+    exec(compile(code, "docs/actdistill.md", "exec"), names)
+    names["loss"].backward()
+    assert names["student"].layers.router.head.weight.grad.abs().sum() > 0
 
 
 def test_bad_input(student, teacher, demos, tmp_path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from xdfast.cli import parse_config
-from xdfast.pipeline import DistillConfig, EvaluateConfig, FinetuneConfig, PolicyConfig, VLAConfig
+from xdfast.pipeline import ActDistillConfig, DistillConfig, EvaluateConfig, FinetuneConfig, PolicyConfig, VLAConfig
 from xdfast.recipes import recipe_names, recipe_path
 
 BASE = {"teacher": "a", "student": "b", "data": "c", "out": "d"}
@@ -46,6 +46,9 @@ def test_every_shipped_recipe_makes_a_valid_config(name) -> None:
     if "tasks" in values:
         config = parse_config(VLAConfig, ["--recipe", name, "--out", "o"], "finetune")
         assert config.steps == values["steps"] and list(config.tasks) == values["tasks"]
+    elif "target_flops" in values:
+        config = parse_config(ActDistillConfig, ["--recipe", name, "--teacher", "t", "--out", "o"], "distill")
+        assert config.steps == values["steps"] and config.target_flops == values["target_flops"]
     elif values["verb"] == "finetune":  # of a policy
         flags = ["--recipe", name, "--task", "drawer-open", "--out", "o"]
         config = parse_config(PolicyConfig, flags, "finetune")
