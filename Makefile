@@ -20,7 +20,7 @@ STAMP := $(VENV)/.xdfast-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml setup.py $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \))
 
-.PHONY: help install install-robot demo demo-robot test test-slow test-gpu bench bench-data bench-cache bench-robot bench-policy bench-routed bench-gpu figures lint format build clean
+.PHONY: help install install-robot demo demo-robot test test-slow test-gpu bench bench-data bench-cache bench-robot bench-policy bench-routed bench-actdistill bench-gpu figures lint format build clean
 
 help:
 	@echo "make demo        train a small student from a teacher on real images, write a report (about 4 minutes on 2 cores)"
@@ -32,6 +32,7 @@ help:
 	@echo "make bench-cache an epoch with a live teacher against one from the teacher cache (about 4 minutes)"
 	@echo "make bench-robot frames/s of simulated tasks; writes bench/results/cpu/robot_sim.json"
 	@echo "make bench-routed layers that are skipped, against dense ones and other ways to skip (about 12 minutes)"
+	@echo "make bench-actdistill a VLA, its student with half of the layers and two baselines in closed loop (hours; RUNS=folder)"
 	@echo "make figures     the tables of README and docs from bench/results"
 	@echo "make lint        ruff, import rules, types          make format   let ruff rewrite"
 	@echo "make build       wheel and source archive in dist/"
@@ -116,6 +117,10 @@ bench-routed: $(STAMP)
 	@mkdir -p bench/results/cpu
 	@KINETO_LOG_LEVEL=99 MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456 \
 	  "$(BIN)/xdfast" bench routed --device cpu --out bench/results/cpu/routed.json $(ARGS)
+
+bench-actdistill: $(STAMP)
+	@MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456 PYTHON="$(BIN)/python" \
+	  bash bench/actdistill.sh $(if $(RUNS),"$(RUNS)")
 
 bench-gpu: $(STAMP)
 	@PYTHON="$(BIN)/python" bash bench/gpu.sh

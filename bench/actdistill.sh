@@ -11,6 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONSAFEPATH=1
 PYTHON="${PYTHON:-python3}"
 runs="${1:-runs/actdistill}" episodes="${2:-20}"
+mkdir -p "$runs"
 xdfast() { "$PYTHON" -P -m xdfast "$@"; }
 
 xdfast finetune --recipe vla-metaworld --out "$runs/vla"
@@ -24,3 +25,4 @@ for run in vla half static random; do
   done
 done
 xdfast report "$runs/vla" "$runs/half" "$runs/static" "$runs/random" --title "ActDistill on five MetaWorld tasks" --out "$runs/actdistill.html"
+cp "$runs/actdistill.json" bench/results/cpu/actdistill.json

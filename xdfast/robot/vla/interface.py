@@ -45,6 +45,10 @@ class TeacherVLA(Protocol):
     B samples, T tokens (vision, text, state, H action queries), D width, L layers, A numbers in an action. Actions are those
     the policy was trained on: normalised.
 
+    Two further methods are used where they exist: ``embed_demonstrated(batch)``, the tokens of :meth:`embed` with the
+    demonstrated actions (``batch.actions``) where the model would generate its own; and ``readable(tokens)``, bool ``[B, T]``:
+    the tokens graph heads may read (no padding, no action tokens).
+
     Attributes:
         layers: tokens ``[B, T, D]`` → ``[B, T, D]``: an ``nn.Sequential`` of layers with timm's names ``norm1, attn, norm2,
             mlp`` (so that :func:`xdfast.nn.route` knows them), or the routed stack that took its place.
