@@ -31,6 +31,13 @@ def write_task(folder: Path, task: str, action: float, *, episodes: int = 2, ste
     return open_demos(folder)
 
 
+def task_folders(folder: Path) -> str:
+    """Demonstrations of drawer-open and drawer-close as ``finetune(demos=…)`` finds them: a folder per task."""
+    write_task(folder / "drawer-open-v3", TASKS[0], 0.5)
+    write_task(folder / "drawer-close", TASKS[1], -0.5)
+    return str(folder)
+
+
 def two_tasks(folder: Path, *, cameras=("dp3",), **options) -> MultiTaskWindows:
     """Drawer-open, whose actions are (0.5, -0.5, …), and drawer-close with the opposite; of different lengths."""
     demos = [

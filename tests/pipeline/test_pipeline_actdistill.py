@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from vla_parts import SIZE, TASKS, make_vla, write_task
+from vla_parts import SIZE, TASKS, make_vla, task_folders, write_task
 
 import xdfast
 from xdfast.cli import main, parse_config
@@ -39,10 +39,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def demos(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("demos")
-    write_task(folder / "drawer-open-v3", TASKS[0], 0.5)
-    write_task(folder / "drawer-close", TASKS[1], -0.5)
-    return str(folder)
+    return task_folders(tmp_path_factory.mktemp("demos"))
 
 
 @pytest.fixture(scope="module")

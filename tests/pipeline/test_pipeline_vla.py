@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from sim_process import needs_renderer
-from vla_parts import TASKS, write_task
+from vla_parts import TASKS, task_folders
 
 import xdfast
 from xdfast.cli import _names
@@ -22,10 +22,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def demos(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("demos")
-    write_task(folder / "drawer-open-v3", TASKS[0], 0.5)
-    write_task(folder / "drawer-close", TASKS[1], -0.5)
-    return str(folder)
+    return task_folders(tmp_path_factory.mktemp("demos"))
 
 
 @pytest.fixture(scope="module")

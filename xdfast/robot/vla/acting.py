@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from xdfast.robot.vla.compact import CompactVLA
-    from xdfast.robot.vla.spec import VLASpec
+    pass
 
 __all__ = ["InstructedVLA"]
 
@@ -31,18 +30,18 @@ class InstructedVLA(nn.Module):
 
     instruction: Tensor
 
-    def __init__(self, vla: CompactVLA, text: str) -> None:
+    def __init__(self, vla: Any, text: str) -> None:
         super().__init__()
         self.vla, self.text = vla, text
         encoded = vla.tokenizer.encode(text, vla.spec.text_length)
         self.register_buffer("instruction", encoded[None].to(vla.queries.device))
 
     @property
-    def spec(self) -> VLASpec:
+    def spec(self) -> Any:
         return self.vla.spec
 
     def features(self, images: Tensor) -> Tensor:
-        """See :meth:`CompactVLA.features`."""
+        """The VLA's features of pictures."""
         return self.vla.features(images)
 
     def condition(self, features: Tensor | None, state: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from xdfast.models import FeatureModel
 from xdfast.robot.normalize import MinMax
 from xdfast.robot.pictures import batch_of, check_pictures, crop_cameras
-from xdfast.robot.sim.names import task_spec
-from xdfast.robot.vla.acting import InstructedVLA
+from xdfast.robot.vla.base import BaseVLA
+from xdfast.robot.vla.checks import check_actions, check_told
 from xdfast.robot.vla.denoiser import ChunkDenoiser, DiffusionHead
 from xdfast.robot.vla.instructions import Tokenizer
 from xdfast.robot.vla.interface import Observed
@@ -28,7 +28,7 @@ _BETA = 0.1
 _DRAWS = 8
 
 
-class CompactVLA(nn.Module):
+class CompactVLA(BaseVLA):
     r"""Pictures, an instruction and proprioception in, a chunk of actions out, by regression or diffusion.
 
     .. math::
@@ -102,16 +102,6 @@ class CompactVLA(nn.Module):
         return self.spec.width
 
     @property
-    def chunk(self) -> int:
-        """H actions."""
-        return self.spec.horizon
-
-    @property
-    def action_dim(self) -> int:
-        """A."""
-        return self.spec.action_dim
-
-    @property
     def num_tokens(self) -> int:
         """T."""
         return self.groups["language"][1] + 1 + self.spec.horizon
@@ -148,14 +138,6 @@ class CompactVLA(nn.Module):
             noise = asked.new_zeros(self.head.noise_shape(len(asked)))
         return self.head.sample(asked, noise)
 
-    def actions(self, batch: Observed, noise: Tensor | None = None) -> Tensor:
-        """Normalised actions ``[B, H, A]``; errors as in :meth:`embed` and :meth:`decode`."""
-        return self.decode(self.layers(self.embed(batch)), noise)
-
-    def forward(self, batch: Observed) -> Tensor:
-        """:meth:`actions`."""
-        return self.actions(batch)
-
     # --- its parts
 
     def features(self, images: Tensor) -> Tensor:
@@ -177,7 +159,7 @@ class CompactVLA(nn.Module):
         Raises:
             ValueError: states or instructions of another shape or dtype.
         """
-        self._check_told(state, instruction, len(features))
+        check_told(self.spec, state, instruction, len(features))
         seen = self.vision_in(self.vision_norm(features)) + self.cell_position + self.camera[:, None]  # [B, K, h·w, D]
         told = self.words(instruction) + self.word_position
         felt = self.state_in(self.state_norm(state.float()))
@@ -223,14 +205,7 @@ class CompactVLA(nn.Module):
         return F.l1_loss(predicted, target)
 
     def _target(self, actions: Tensor, batch: int) -> Tensor:
-        wanted = [batch, self.spec.horizon, self.spec.action_dim]
-        if list(actions.shape) != wanted:
-            raise ValueError(f"expected actions {wanted}, got {list(actions.shape)}")
-        if not actions.isfinite().all():
-            rows = (~actions.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-            raise ValueError(
-                f"actions are not finite (NaN or infinity) in samples {rows[:8]}; check the demonstrations"
-            )
+        check_actions(self.spec, actions, batch)
         return self.action_norm(actions.float())
 
     # --- acting
@@ -265,34 +240,6 @@ class CompactVLA(nn.Module):
         if not isinstance(self.head, DiffusionHead):
             return torch.empty(0, batch, device=device)
         return torch.randn(self.head.noise_shape(batch), generator=generator).to(device)
-
-    def unnormalised(self, chunk: Tensor) -> Tensor:
-        """Normalised ``[B, H, A]`` → the part to execute, ``[B, n_action, A]``, in the units of the demonstrations."""
-        return self.action_norm.inverse(chunk[:, : self.spec.n_action].float())
-
-    def for_task(self, task: str) -> InstructedVLA:
-        """This policy with the usual instruction of a simulated task, as :func:`xdfast.robot.rollout.rollout` runs it.
-
-        Raises:
-            ValueError: no such task, or none of its words was learned.
-        """
-        return self.instructed(task_spec(task).instruction)
-
-    def instructed(self, text: str) -> InstructedVLA:
-        """This policy with an instruction of yours; raises as :meth:`Tokenizer.encode`."""
-        return InstructedVLA(self, text)
-
-    def _check_told(self, state: Tensor, instruction: Tensor, rows: int) -> None:
-        spec = self.spec
-        if list(state.shape) != [rows, spec.n_obs, spec.state_dim]:
-            raise ValueError(f"expected state [{rows}, {spec.n_obs}, {spec.state_dim}], got {list(state.shape)}")
-        if list(instruction.shape) != [rows, spec.text_length]:
-            raise ValueError(
-                f"expected instruction ids [{rows}, {spec.text_length}], got {list(instruction.shape)}; "
-                "vla.tokenizer.encode_all(sentences, vla.spec.text_length) makes them"
-            )
-        if instruction.dtype != torch.int64:
-            raise ValueError(f"expected instruction ids of int64, got {instruction.dtype}")
 
     def _initialise(self) -> None:
         for embedding in (self.cell_position, self.camera, self.words.weight, self.word_position, self.queries):

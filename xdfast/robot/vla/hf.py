@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from xdfast.nn.convert import route
 from xdfast.robot.normalize import MinMax
 from xdfast.robot.pictures import batch_of, check_pictures
-from xdfast.robot.sim.names import task_spec
-from xdfast.robot.vla.acting import InstructedVLA
-from xdfast.robot.vla.hf_checks import check_actions, check_told, check_values, check_vocabulary
+from xdfast.robot.vla.base import BaseVLA
+from xdfast.robot.vla.checks import check_actions, check_told
+from xdfast.robot.vla.hf_checks import check_values, check_vocabulary
 from xdfast.robot.vla.hf_decoder import DecoderStack, build_decoder, config_of
 from xdfast.robot.vla.hf_heads import BinsHead, action_head
 from xdfast.robot.vla.hf_spec import BINS, HuggingFaceSpec
@@ -29,7 +29,7 @@ __all__ = ["HuggingFaceVLA"]
 _BLOCKS = "layers.model.layers"
 
 
-class HuggingFaceVLA(nn.Module):
+class HuggingFaceVLA(BaseVLA):
     r"""A language model of transformers that sees: patch tokens, an instruction and proprioception in, a chunk of actions out.
 
     .. math::
@@ -168,16 +168,6 @@ class HuggingFaceVLA(nn.Module):
         return int(self.layers.model.config.hidden_size)
 
     @property
-    def chunk(self) -> int:
-        """H actions."""
-        return self.spec.horizon
-
-    @property
-    def action_dim(self) -> int:
-        """A."""
-        return self.spec.action_dim
-
-    @property
     def groups(self) -> Mapping[str, tuple[int, int]]:
         """Ranges of the tokens of pictures and of the instruction, from the sizes of encoders, cameras and text."""
         first = int(self.spec.begin is not None)
@@ -232,14 +222,6 @@ class HuggingFaceVLA(nn.Module):
         """
         return self.head.decode(self.norm(tokens[:, -self.head.slots :]), noise)
 
-    def actions(self, batch: Observed, noise: Tensor | None = None) -> Tensor:
-        """Normalised actions ``[B, H, A]``; errors as in :meth:`embed`."""
-        return self.decode(self.layers(self.embed(batch)), noise)
-
-    def forward(self, batch: Observed) -> Tensor:
-        """:meth:`actions`."""
-        return self.actions(batch)
-
     def route(self, target_flops: float = 0.5, **options: Any) -> Any:
         """:func:`xdfast.nn.route` of the decoder's layers, with this model's token groups in the router.
 
@@ -260,7 +242,7 @@ class HuggingFaceVLA(nn.Module):
         return route(self, target_flops, router=router, **options)
 
     def _look_at(self, images: Tensor, state: Tensor, instruction: Tensor) -> None:
-        check_told(self.spec, state, instruction, len(images))
+        check_told(self.spec, state, instruction, len(images), proprioception=self.spec.proprioception)
         felt = state if self.spec.proprioception else None
         check_values(felt, instruction, self.layers.model.embed_tokens.num_embeddings, self.tokenizer.pad)
 
@@ -283,7 +265,7 @@ class HuggingFaceVLA(nn.Module):
             ValueError: states or instructions of another shape or dtype.
         """
         spec, rows = self.spec, len(features)
-        check_told(spec, state, instruction, rows)
+        check_told(spec, state, instruction, rows, proprioception=spec.proprioception)
         weight = self.projector.fc1.weight
         seen = self.projector(features.flatten(1, 2).to(weight.dtype))
         real = instruction != self.tokenizer.pad
@@ -391,15 +373,3 @@ class HuggingFaceVLA(nn.Module):
     def noise(self, batch: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
         """What diffusion starts from, ``[S, batch, H, A]``; other heads need none, ``[0, batch]``. Drawn on the CPU."""
         return torch.randn(self.head.noise_shape(batch), generator=generator).to(device)
-
-    def unnormalised(self, chunk: Tensor) -> Tensor:
-        """Normalised ``[B, H, A]`` → the part to execute, ``[B, n_action, A]``, in the units of the demonstrations."""
-        return self.action_norm.inverse(chunk[:, : self.spec.n_action].float())
-
-    def for_task(self, task: str) -> InstructedVLA:
-        """This policy with the usual instruction of a simulated task, as :func:`xdfast.robot.rollout.rollout` runs it."""
-        return self.instructed(task_spec(task).instruction)
-
-    def instructed(self, text: str) -> InstructedVLA:
-        """This policy with an instruction of yours; raises as :meth:`PromptTokenizer.encode`."""
-        return InstructedVLA(cast(Any, self), text)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from xdfast.robot.vla.hf_spec import BINS, HuggingFaceSpec
 
-__all__ = ["check_actions", "check_told", "check_values", "check_vocabulary"]
+__all__ = ["check_values", "check_vocabulary"]
 
 
 def check_vocabulary(spec: HuggingFaceSpec, ids: int, words: Any) -> None:
@@ -38,23 +37,6 @@ def check_vocabulary(spec: HuggingFaceSpec, ids: int, words: Any) -> None:
         raise ValueError(f"padding has id {words.padding_idx}, which is an action id ({last - BINS} to {last - 1})")
 
 
-def check_told(spec: HuggingFaceSpec, state: Tensor, instruction: Tensor, rows: int) -> None:
-    """Shapes and dtypes of states and instructions.
-
-    Raises:
-        ValueError: another one.
-    """
-    if spec.proprioception and list(state.shape) != [rows, spec.n_obs, spec.state_dim]:
-        raise ValueError(f"expected state [{rows}, {spec.n_obs}, {spec.state_dim}], got {list(state.shape)}")
-    if list(instruction.shape) != [rows, spec.text_length]:
-        raise ValueError(
-            f"expected instruction ids [{rows}, {spec.text_length}], got {list(instruction.shape)}; "
-            "vla.tokenizer.encode_all(sentences, vla.spec.text_length) makes them"
-        )
-    if instruction.dtype != torch.int64:
-        raise ValueError(f"expected instruction ids of int64, got {instruction.dtype}")
-
-
 def check_values(state: Tensor | None, instruction: Tensor, known: int, pad: int) -> None:
     """Looks at the values, for which a GPU has to be waited.
 
@@ -73,17 +55,3 @@ def check_values(state: Tensor | None, instruction: Tensor, known: int, pad: int
     if not bool(real.any(-1).all()):
         rows = (~real.any(-1)).nonzero().flatten().tolist()
         raise ValueError(f"the instructions of samples {rows[:8]} are empty (padding alone); say in words what to do")
-
-
-def check_actions(spec: HuggingFaceSpec, actions: Tensor, rows: int) -> None:
-    """Demonstrated actions.
-
-    Raises:
-        ValueError: another shape, or values that are not finite.
-    """
-    wanted = [rows, spec.horizon, spec.action_dim]
-    if list(actions.shape) != wanted:
-        raise ValueError(f"expected actions {wanted}, got {list(actions.shape)}")
-    if not actions.isfinite().all():
-        bad = (~actions.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-        raise ValueError(f"actions are not finite (NaN or infinity) in samples {bad[:8]}; check the demonstrations")
