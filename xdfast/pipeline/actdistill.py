@@ -88,8 +88,8 @@ def distill_vla(config: ActDistillConfig, teacher: Any = None) -> RunResult:
         result = train(task, loader, config, out, device=device, validate=validate, identity=identity, title=out.name)
     student = _exported(result.module, loader, config, device)
     fraction = _fraction(student, loader, config, device)
-    log.info("%s: %.1f %% of the layers' FLOPs on the training samples", out, 100 * fraction)
     if distributed.is_main():
+        log.info("%s: %.1f %% of the layers' FLOPs on the training samples", out, 100 * fraction)
         facts = {"kind": "vla", "config": config.to_dict(), "metrics": result.metrics}
         save_vla(student, out / "vla", extra=facts)
     metrics = {

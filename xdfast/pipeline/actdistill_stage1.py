@@ -116,7 +116,8 @@ def run_stage1(
     heads = GraphEncapsulation(**graph).to(device)
     _, finished = open_folder(mine, "heads")
     if finished is None:
-        log.info("stage 1: graph heads of %.2f M parameters on the frozen teacher", _millions(heads))
+        if distributed.is_main():
+            log.info("stage 1: graph heads of %.2f M parameters on the frozen teacher", _millions(heads))
         task = EncapsulationTask(heads, teacher)
         steps = ViewLoader.like(loader, config.heads_steps)
         with alone_in(out):
@@ -127,7 +128,8 @@ def run_stage1(
         finished = finish(out, "heads", mine, {**last, "seconds": result.seconds, "steps": result.step}, {})
         heads = result.module
     else:
-        log.info("stage 1 is finished in %s", out)
+        if distributed.is_main():
+            log.info("stage 1 is finished in %s", out)
         load_weights(heads, out / _HEADS / "heads.safetensors", "stage 1")
     heads = heads.to(device).eval().requires_grad_(False)
     store = TeacherStore.open(

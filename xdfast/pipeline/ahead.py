@@ -22,17 +22,18 @@ class Ready:
         batch: as it was read.
         images: float ``[B, 3, S, S]`` in [0, 1] on the device.
         targets: labels ``[B]``, or probabilities ``[B, C]``; None on a rank without rows.
-        taught: what the teacher says.
+        taught: what the teacher says, and whatever else the task's forward pass takes by name.
     """
 
     batch: Batch
     images: Tensor
     targets: Tensor | None
-    taught: dict[str, Tensor] = field(default_factory=dict)
+    taught: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
         """All of them that the step will use."""
-        return [self.images, *([] if self.targets is None else [self.targets]), *self.taught.values()]
+        taught = [value for value in self.taught.values() if isinstance(value, Tensor)]
+        return [self.images, *([] if self.targets is None else [self.targets]), *taught]
 
 
 class Lane:

@@ -49,8 +49,8 @@ class TrainingTask(nn.Module):
     def begin_epoch(self, epoch: int) -> None:
         """Called on every rank before the first batch of an epoch."""
 
-    def teach(self, images: Tensor, batch: Any) -> dict[str, Tensor]:
-        """Targets without gradient, from outside the trained module; none by default.
+    def teach(self, images: Tensor, batch: Any) -> dict[str, Any]:
+        """Arguments of :meth:`forward` from outside the trained module, tensors without gradient; none by default.
 
         Args:
             images: as :meth:`inputs` gave them, augmented.
