@@ -81,7 +81,9 @@ def test_trap_4_one_map_decides_and_nothing_is_stored_by_reference(student) -> N
         # partly active batches: each sample as if it were alone
         for row in range(6):
             with fixed_gates(student, gates[row : row + 1]):
-                assert torch.allclose(student.layers(tokens[row : row + 1]), states[-1][row : row + 1], rtol=1e-4, atol=1e-4)
+                assert torch.allclose(
+                    student.layers(tokens[row : row + 1]), states[-1][row : row + 1], rtol=1e-4, atol=1e-4
+                )
 
 
 @pytest.mark.parametrize("options", [{}, {"cameras": ("dp3", "corner")}, {"text_length": 5}])
