@@ -171,3 +171,38 @@ def test_bad_input() -> None:
         router(torch.zeros(2, 9, 8), torch.ones(9, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="multiple of block_rows=4, got T=9"):
         LayerRouter(8, 2, pool="block", block_rows=4)(torch.zeros(2, 9, 8))
+
+
+@pytest.mark.parametrize("pool", ["meanmax", "none"])
+def test_a_standardised_router_tells_samples_apart_whatever_they_have_in_common(pool) -> None:
+    router = LayerRouter(16, 6, branches=2, hidden=8, pool=pool, standardise=True, bias_init=0.0)
+    x = torch.randn(64, 5, 16) * 0.1 + 3  # nearly the same tokens
+    logits = router(x)
+    rows = logits.flatten(0, -3)
+    assert torch.allclose(rows.mean(0), torch.zeros(6, 2), atol=1e-4)
+    assert torch.allclose(rows.std(0), torch.ones(6, 2), atol=0.05)
+    plain = LayerRouter(16, 6, branches=2, hidden=8, pool=pool, bias_init=0.0)
+    assert plain(x).flatten(0, -3).std(0).max() < 0.3
+    with torch.no_grad():
+        router.head.bias.fill_(-1.0)
+        router.gain.fill_(2.0)
+        assert float((router(x) > 0).float().mean()) == pytest.approx(0.31, abs=0.08)  # P(2 z > 1)
+    router(x).square().sum().backward()
+    assert router.head.weight.grad.abs().sum() > 0 and router.gain.grad.abs().min() > 0
+
+
+def test_a_standardised_router_decides_alone_as_in_company() -> None:
+    router, x = LayerRouter(16, 4, hidden=8, standardise=True), torch.randn(32, 5, 16)
+    for _ in range(200):
+        trained = router(x)
+    router.eval()
+    together = router(x)
+    assert torch.allclose(together, trained, atol=0.1)  # the running means arrive
+    assert torch.allclose(torch.cat([router(row[None]) for row in x]), together, atol=1e-5)
+    router.train()
+    assert torch.allclose(router(x[:1]), together[:1], atol=1e-5)  # one sample has no spread of its own
+    twin = LayerRouter(16, 4, hidden=8, standardise=True)
+    twin.load_state_dict(router.state_dict())
+    assert torch.equal(twin.eval()(x), together)
+    half = router.eval().bfloat16()(x.bfloat16())
+    assert torch.allclose(half.float(), together, atol=0.15)

@@ -83,7 +83,12 @@ def test_losses_fall_and_the_budget_is_met(student, teacher, demos) -> None:
     assert first[-1]["loss"] < 0.5 * first[0]["loss"]
     # within 5 % of the target, and never above it
     assert 0.95 * 0.75 <= student.metrics["flops_fraction"] <= 0.75
-    assert student.kind == "vla" and student.metrics["target_flops"] == 0.75 and student.metrics["seconds_stage1"] > 0
+    assert (
+        student.kind == "vla"
+        and student.metrics["distinct_paths"] >= 1
+        and student.metrics["target_flops"] == 0.75
+        and student.metrics["seconds_stage1"] > 0
+    )
     vla, seen = student.policy, samples(demos, student.policy)
     with torch.no_grad():
         chunk, wanted = vla.actions(seen), teacher.policy.actions(seen)
@@ -163,6 +168,15 @@ def test_baselines_share_the_first_stage(routing, router, student, teacher, tmp_
     run = xdfast.distill(teacher=teacher, out=str(tmp_path / routing), **settings)
     assert type(run.policy.layers.router) is router
     assert run.metrics["flops_fraction"] == pytest.approx(0.5)
+
+
+def test_a_router_that_standardises_sends_samples_different_ways(student, teacher, demos, tmp_path) -> None:
+    settings = {**SMALL, "steps": 30, "router_standardise": True, "balance_weight": 0.05}
+    run = xdfast.distill(teacher=teacher, out=str(tmp_path / "x"), stage1=str(student.path / "stage1"), **settings)
+    assert run.metrics["distinct_paths"] > 1 and 0.95 * 0.75 <= run.metrics["flops_fraction"] <= 0.75
+    router = run.policy.layers.router
+    assert router.standardise is not None and router.standardise.momentum == 0.1
+    assert run.policy.xdfast_route.options["router"]["standardise"] is True  # as it was loaded
 
 
 def test_adapters(student, teacher, tmp_path) -> None:

@@ -257,7 +257,7 @@ def _router_options(router: LayerRouter) -> dict[str, Any]:
     return {
         "dim": router.dim, "branches": router.branches, "hidden": router.hidden, "pool": router.pool,
         "groups": None if groups == [[None, None]] else groups, "bias_init": router.bias_init,
-        "block_rows": router.block_rows,
+        "block_rows": router.block_rows, "standardise": router.standardise is not None,
     }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,12 @@ class LayerRouter(nn.Module):
     At first nearly everything is on: the bias of the last map is ``bias_init`` and its weights are small (logits of
     2 ± 0.2), so a student starts as its teacher.
 
+    A budget pulls all samples the same way, and such a router often ends with one path for all of them. ``standardise`` takes the
+    mean and the scale over the samples out of every logit, :math:`z = \gamma \, (W s - \mu) / \sigma + b` with μ and σ
+    of the batch in training and their running means at inference (a BatchNorm): samples always differ, b says how many of
+    them pass, and what is learnt is which. At first logits are 2 ± 1 then. Together with a balance term
+    (:class:`xdfast.losses.BudgetLoss`) all layers are used.
+
     Args:
         dim: D, width of the tokens.
         num_layers: L.
@@ -43,6 +50,7 @@ class LayerRouter(nn.Module):
             ``"block"``, whose tokens all take the same projection.
         bias_init: of the last bias; σ(2) = 0.88.
         block_rows: G, tokens per block.
+        standardise: see above; γ is one number per logit. A batch with a single decision takes the running means.
 
     Shape:
         tokens [B, T, D], mask [B, T] bool (False: padding, read by nobody, may be NaN) or None.
@@ -75,6 +83,7 @@ class LayerRouter(nn.Module):
         groups: Sequence[slice | Sequence[int | None]] | None = None,
         bias_init: float = 2.0,
         block_rows: int | None = None,
+        standardise: bool = False,
     ) -> None:
         super().__init__()
         sizes = {"dim": dim, "num_layers": num_layers, "branches": branches, "hidden": hidden}
@@ -102,12 +111,16 @@ class LayerRouter(nn.Module):
         )
         parts = 2 if pool in ("meanmax", "block") else 1
         self.head = nn.Linear(len(self.groups) * parts * hidden, num_layers * branches)
+        self.standardise = _Standardise(num_layers * branches) if standardise else None
+        self.gain = nn.Parameter(torch.ones(num_layers * branches)) if standardise else None
         self.reset_head()
 
     def reset_head(self) -> None:
         """Sets the last map back: the bias to ``bias_init``, the weights small, so that nearly all logits are positive."""
-        # the pooled parts have entries of 0 to 3: logits vary by about 0.2 and every row has a gradient from the start
-        nn.init.normal_(self.head.weight, std=0.1 / self.head.in_features**0.5)
+        # the pooled parts have entries of 0 to 3: logits vary by about 0.2 and every row has a gradient from the start; what is
+        # standardised has no scale
+        small = 0.1 if self.standardise is None else 1.0
+        nn.init.normal_(self.head.weight, std=small / self.head.in_features**0.5)
         nn.init.constant_(self.head.bias, self.bias_init)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # [B, T, D], [B, T] → [B, L, S]
@@ -122,7 +135,15 @@ class LayerRouter(nn.Module):
             for group, projection in zip(self.groups, self.projections):
                 parts += _pool(projection(tokens[:, group]), None if mask is None else mask[:, group], self.pool)
             pooled = torch.cat(parts, -1)
-        return self.head(pooled).unflatten(-1, (self.num_layers, self.branches))
+        logits = self.head(pooled) if self.standardise is None else self._standardised(pooled)
+        return logits.unflatten(-1, (self.num_layers, self.branches))
+
+    def _standardised(self, pooled: Tensor) -> Tensor:
+        """γ (W s − μ) / σ + b, in float32; [..., hidden'] → [..., L · S]."""
+        assert self.standardise is not None and self.gain is not None
+        raw = nn.functional.linear(pooled, self.head.weight)  # a bias would be taken out again
+        flat = raw.flatten(0, -2).to(torch.promote_types(raw.dtype, torch.float32))
+        return (self.standardise(flat) * self.gain + self.head.bias).view(raw.shape)
 
     def _within(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         if self.block_rows is None:
@@ -171,6 +192,27 @@ class LayerRouter(nn.Module):
         groups = ", ".join(_text(group) for group in self.groups)
         block = "" if self.block_rows is None else f", block_rows={self.block_rows}"
         return f"num_layers={self.num_layers}, branches={self.branches}, pool={self.pool!r}{block}, groups=[{groups}]"
+
+
+class _Standardise(nn.BatchNorm1d):
+    """Mean 0 and variance 1 over the rows, in float32 whatever the model's precision; a single row takes the running means."""
+
+    def __init__(self, features: int) -> None:
+        # eps: a variance below it (samples that are hardly different at all) is not blown up
+        super().__init__(features, eps=1e-8, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and len(x) > 1:
+            return super().forward(x)
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, eps=self.eps)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Standardise:
+        exact = {name: getattr(self, name) for name in ("running_mean", "running_var")}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():  # router.bfloat16() would round them to 8 bits
+            if getattr(self, name).dtype != value.dtype:
+                setattr(self, name, value.to(getattr(self, name).device))
+        return self
 
 
 def _pool(hidden: Tensor, mask: Tensor | None, pool: str) -> list[Tensor]:

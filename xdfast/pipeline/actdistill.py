@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,7 @@ def distill_vla(config: ActDistillConfig, teacher: Any = None) -> RunResult:
             always_on=config.always_on,
             states=_states(vla, loader, config, device) if config.routing == "static" else None,
             lora=config.lora_rank if config.train == "lora" else None,
-            router={"hidden": config.router_hidden},
+            router={"hidden": config.router_hidden, "standardise": config.router_standardise},
             seed=config.seed,
         )
         _trainable(student, config)
@@ -87,14 +89,21 @@ def distill_vla(config: ActDistillConfig, teacher: Any = None) -> RunResult:
 
         result = train(task, loader, config, out, device=device, validate=validate, identity=identity, title=out.name)
     student = _exported(result.module, loader, config, device)
-    fraction = _fraction(student, loader, config, device)
+    fraction, paths = _usage(student, loader, device)
     if distributed.is_main():
         log.info("%s: %.1f %% of the layers' FLOPs on the training samples", out, 100 * fraction)
+        if config.routing == "learned" and len(paths) == 1 and config.target_flops < 1:
+            log.info(
+                "the router sends every sample the same way (%s): layers pruned for good would cost the same without a "
+                "router; router_standardise=True with balance_weight > 0 makes it tell them apart",
+                paths.most_common()[0][0],
+            )
         facts = {"kind": "vla", "config": config.to_dict(), "metrics": result.metrics}
         save_vla(student, out / "vla", extra=facts)
     metrics = {
         **result.metrics,
         "flops_fraction": fraction,
+        "distinct_paths": float(len(paths)),
         "target_flops": config.target_flops,
         "seconds": result.seconds,
         "seconds_stage1": first.metrics["seconds"],
@@ -220,22 +229,37 @@ def _exported(net: Any, loader: ViewLoader, config: ActDistillConfig, device: to
     """The student as it acts: adapters merged, the router's threshold set so that the budget holds."""
     student = merge_lora(copy.deepcopy(net)).eval()
     if config.routing == "learned":
+        _settle(routed_stacks(student)[0].router, lambda: [_pass(student, batch) for batch in _batches(loader, device)])
         calibrate_model(student, _batches(loader, device), target_flops=config.target_flops, call=_pass)
     return student
 
 
-def _fraction(student: Any, loader: ViewLoader, config: ActDistillConfig, device: torch.device) -> float:
-    """Mean FLOPs of what runs, of all layers' (without the router's own)."""
+@torch.no_grad()
+def _settle(router: Any, passes: Callable[[], Any]) -> None:
+    """Exact means of a router that standardises: its running ones lag behind weights that are averages themselves."""
+    norm = router.standardise
+    if norm is None:
+        return
+    momentum, norm.momentum = norm.momentum, None  # None: the plain mean over the batches
+    norm.reset_running_stats()
+    router.train()
+    passes()
+    router.eval()
+    norm.momentum = momentum
+
+
+def _usage(student: Any, loader: ViewLoader, device: torch.device) -> tuple[float, Counter[str]]:
+    """(mean FLOPs of the layers that run, of all layers'; how many samples take which path) on the training samples."""
     stack: Any = routed_stacks(student)[0]
-    total, rows = 0.0, 0
     costs = torch.tensor(student.xdfast_route.costs, dtype=torch.float64)
+    total, paths = 0.0, Counter[str]()
     with torch.no_grad():
         for batch in _batches(loader, device):
             _pass(student, batch)
             gates = stack.decision.gates.double().cpu()
             total += float((gates * costs).sum() / costs.sum())
-            rows += len(gates)
-    return total / rows
+            paths.update("".join(str(int(g > 0.5)) for g in row) for row in gates.amax(2).tolist())
+    return total / paths.total(), paths
 
 
 def _pass(student: Any, batch: Any) -> Any:

@@ -74,6 +74,8 @@ class ActDistillConfig(StepsConfig):
     router_hidden: int = 64
     """Width of the router's projection of each kind of token."""
     router_lr: float = 1e-3
+    router_standardise: bool = False
+    """Samples differ in the router's eyes whatever the budget asks (a BatchNorm of its logits): no single path for all."""
 
     steps: int = 900
     """Updates of stage 2."""
