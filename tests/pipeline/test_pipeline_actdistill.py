@@ -179,6 +179,14 @@ def test_a_router_that_standardises_sends_samples_different_ways(student, teache
     assert run.policy.xdfast_route.options["router"]["standardise"] is True  # as it was loaded
 
 
+def test_a_threshold_that_changes_paths_is_told(student, teacher, tmp_path, caplog) -> None:
+    """Seen on MetaWorld: a router that missed its budget was calibrated to it, and one whole task lost its path."""
+    settings = {**SMALL, "steps": 8, "target_flops": 0.5, "budget_weight": 0.0, "stage1": str(student.path / "stage1")}
+    run = xdfast.distill(teacher=teacher, out=str(tmp_path / "x"), **settings)
+    assert run.metrics["flops_fraction"] <= 0.5
+    assert "now take a path they were not trained on" in caplog.text and "learned to use 100.0 %" in caplog.text
+
+
 def test_adapters(student, teacher, tmp_path) -> None:
     settings = {**SMALL, "steps": 10, "train": "lora", "lora_rank": 2, "stage1": str(student.path / "stage1")}
     run = xdfast.distill(teacher=teacher, out=str(tmp_path / "lora"), **settings)

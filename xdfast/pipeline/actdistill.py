@@ -41,6 +41,9 @@ log = logging.getLogger("xdfast")
 #: Samples by which layers are chosen and thresholds set.
 _CALIBRATION = 512
 
+#: A larger share of samples that take an untrained path after calibration is told.
+_UNTRAINED = 0.05
+
 
 def distill_vla(config: ActDistillConfig, teacher: Any = None) -> RunResult:
     """Stage 1 and stage 2; see :func:`xdfast.distill`.
@@ -89,7 +92,8 @@ def distill_vla(config: ActDistillConfig, teacher: Any = None) -> RunResult:
 
         result = train(task, loader, config, out, device=device, validate=validate, identity=identity, title=out.name)
     student = _exported(result.module, loader, config, device)
-    fraction, paths = _usage(student, loader, device)
+    fraction, taken = _usage(student, loader, device)
+    paths = Counter(taken)
     if distributed.is_main():
         log.info("%s: %.1f %% of the layers' FLOPs on the training samples", out, 100 * fraction)
         if config.routing == "learned" and len(paths) == 1 and config.target_flops < 1:
@@ -230,7 +234,17 @@ def _exported(net: Any, loader: ViewLoader, config: ActDistillConfig, device: to
     student = merge_lora(copy.deepcopy(net)).eval()
     if config.routing == "learned":
         _settle(routed_stacks(student)[0].router, lambda: [_pass(student, batch) for batch in _batches(loader, device)])
+        reached, before = _usage(student, loader, device)
         calibrate_model(student, _batches(loader, device), target_flops=config.target_flops, call=_pass)
+        _, after = _usage(student, loader, device)
+        changed = sum(a != b for a, b in zip(before, after)) / len(after)
+        if changed > _UNTRAINED and distributed.is_main():
+            log.warning(
+                "the router learned to use %.1f %% of the layers' FLOPs; to meet target_flops=%g its threshold was moved, and "
+                "%.0f %% of the samples now take a path they were not trained on, which may cost success: train longer, or "
+                "raise budget_weight or router_lr",
+                100 * reached, config.target_flops, 100 * changed,
+            )  # fmt: skip
     return student
 
 
@@ -248,18 +262,18 @@ def _settle(router: Any, passes: Callable[[], Any]) -> None:
     norm.momentum = momentum
 
 
-def _usage(student: Any, loader: ViewLoader, device: torch.device) -> tuple[float, Counter[str]]:
-    """(mean FLOPs of the layers that run, of all layers'; how many samples take which path) on the training samples."""
+def _usage(student: Any, loader: ViewLoader, device: torch.device) -> tuple[float, list[str]]:
+    """(mean FLOPs of the layers that run, of all layers'; the path of each sample) on training samples of all tasks."""
     stack: Any = routed_stacks(student)[0]
     costs = torch.tensor(student.xdfast_route.costs, dtype=torch.float64)
-    total, paths = 0.0, Counter[str]()
+    total, paths = 0.0, []
     with torch.no_grad():
         for batch in _batches(loader, device):
             _pass(student, batch)
             gates = stack.decision.gates.double().cpu()
             total += float((gates * costs).sum() / costs.sum())
-            paths.update("".join(str(int(g > 0.5)) for g in row) for row in gates.amax(2).tolist())
-    return total / paths.total(), paths
+            paths += ["".join(str(int(g > 0.5)) for g in row) for row in gates.amax(2).tolist()]
+    return total / len(paths), paths
 
 
 def _pass(student: Any, batch: Any) -> Any:
