@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 
-from xdfast import DistillConfig, PolicyConfig, VLAConfig, __version__
+from xdfast import ActDistillConfig, DistillConfig, PolicyConfig, VLAConfig, __version__
 from xdfast.cli import main
 from xdfast.data import augment_preset
 from xdfast.pipeline.config import load_yaml
@@ -110,6 +110,9 @@ def test_every_recipe_is_a_valid_config(name) -> None:
     assert verb in ("distill", "finetune")
     if "tasks" in values:
         VLAConfig.from_dict({"out": "o", **values}, source=name).validate()
+        return
+    if "target_flops" in values:
+        ActDistillConfig.from_dict({"teacher": "t", "out": "o", **values}, source=name).validate()
         return
     if verb == "finetune":  # of a policy
         PolicyConfig.from_dict({"task": "drawer-open", "out": "o", **values}, source=name).validate()
