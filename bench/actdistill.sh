@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONSAFEPATH=1
 PYTHON="${PYTHON:-python3}"
-runs="${1:-runs/actdistill}" episodes="${2:-20}"
+runs="${1:-runs/actdistill}" episodes="${2:-60}"
 mkdir -p "$runs"
 xdfast() { "$PYTHON" -P -m xdfast "$@"; }
 
