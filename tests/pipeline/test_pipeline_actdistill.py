@@ -259,6 +259,25 @@ def test_the_first_stage_of_another_teacher_is_refused(student, demos, tmp_path)
         xdfast.distill(teacher=student.config["teacher"], out=str(tmp_path / "x"), **{**settings, "views": 3})
 
 
+def test_an_experts_demonstrations_are_found_beside_the_teacher(tmp_path, monkeypatch) -> None:
+    from xdfast.pipeline import actdistill
+
+    (tmp_path / "a" / "demos").mkdir(parents=True)
+    asked = []
+
+    def note(demos, name, cameras, out, **options):
+        asked.append(out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(actdistill, "task_demonstrations", note)
+    vla = make_vla(tasks=TASKS)
+    for teacher, trained in ((tmp_path / "a" / "vla", {"demos": "20"}), (tmp_path / "b" / "vla", {"demos": "20"})):
+        config = ActDistillConfig(out=str(tmp_path / "c" / "half"), teacher=str(teacher))
+        with pytest.raises(KeyboardInterrupt):
+            actdistill._samples(config, vla, trained, tmp_path / "c" / "half")
+    assert asked == [tmp_path / "a" / "vla", tmp_path / "c" / "half"]
+
+
 def test_a_damaged_answer_is_computed_again_or_told(student, teacher, tmp_path) -> None:
     import shutil
 

@@ -87,8 +87,9 @@ def distill_vla(config: ActDistillConfig, teacher: Any = None) -> RunResult:
         task = ActDistillTask(student, copy.deepcopy(first.heads).requires_grad_(True), first.targets, config)
 
         def validate(net: nn.Module) -> dict[str, float]:
-            kept = _exported(net, loader, config, device)
-            return evaluate_tasks(kept, loader.data.tasks, config, device) if config.episodes else {}
+            if not config.episodes:
+                return {}
+            return evaluate_tasks(_exported(net, loader, config, device), loader.data.tasks, config, device)
 
         result = train(task, loader, config, out, device=device, validate=validate, identity=identity, title=out.name)
     student = _exported(result.module, loader, config, device)
@@ -145,19 +146,21 @@ def _samples(config: ActDistillConfig, vla: Any, trained: dict[str, Any], out: P
         missing = "tasks" if not tasks else "demos"
         raise ValueError(f"{config.teacher} does not say which {missing} it was trained on; give {missing}=")
     seed = trained.get("demo_seed", 0) if config.demo_seed is None else config.demo_seed
+    beside = Path(config.teacher).expanduser()  # an expert's demonstrations lie beside the run they were collected for
+    home = beside if trained and (beside.parent / "demos").is_dir() else out
     opened = [
         task_demonstrations(
             demos,
             name,
             spec.cameras,
-            out,
+            home,
             demo_seed=seed,
             image_size=spec.image_size[0],
             workers=config.workers,
             progress=config.progress,
         )
         for name in tasks
-    ]  # fmt: skip
+    ]
     data = MultiTaskWindows(
         opened, spec.cameras, horizon=spec.horizon, image_size=spec.image_size, tasks=tasks, scratch=out
     )
