@@ -312,6 +312,11 @@ def test_bad_input(student, teacher, demos, tmp_path) -> None:
         xdfast.distill(teacher=str(tmp_path), **good)
     with pytest.raises(TypeError, match="no teacher VLA: it has no embed"):
         xdfast.distill(teacher=torch.nn.Linear(2, 2), **good)
+    with pytest.raises(ValueError, match="target_flops=0.3 cannot be reached"):
+        xdfast.distill(teacher=teacher, **{**good, "target_flops": 0.3})
+    with pytest.raises(ValueError, match="layer"):
+        xdfast.distill(teacher=teacher, always_on=(0, 9), **good)
+    assert not (tmp_path / "x" / "stage1").exists()  # told before any work
     with pytest.raises(ValueError, match="leave out student"):
         xdfast.distill(teacher=teacher, student="resnet18", **good)
     with pytest.raises(ValueError, match="does not say which demos"):

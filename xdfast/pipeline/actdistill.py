@@ -16,6 +16,7 @@ from xdfast import distributed
 from xdfast.models import weights_hash
 from xdfast.nn import calibrate_model, routed_stacks
 from xdfast.nn.lora import merge_lora
+from xdfast.ops._costs import check_always_on, check_reachable
 from xdfast.pipeline.actdistill_config import ActDistillConfig
 from xdfast.pipeline.actdistill_stage1 import run_stage1
 from xdfast.pipeline.actdistill_task import ActDistillTask, embedded
@@ -61,6 +62,8 @@ def distill_vla(config: ActDistillConfig, teacher: Any = None) -> RunResult:
     config.validate()
     distributed.init()
     vla, trained = _teacher(config, teacher)
+    layers = vla.num_layers  # alike: now, not after stage 1
+    check_reachable(config.target_flops, check_always_on(config.always_on, layers), torch.ones(layers, 1))
     out, finished = open_folder(config, "vla")
     if finished is not None:
         log.info("%s is finished; returning its result", out)
