@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ActDistill in closed loop: a VLA on five MetaWorld tasks, its student with half of the layers' FLOPs, and two baselines with as many:
-# always the same layers, and layers drawn by chance. Two hours on two CPU cores; interrupted, the same command continues.
+# always the same layers, and layers drawn by chance. About two hours on two CPU cores; interrupted, the same command continues.
 # From the repository's root, in an environment where xdfast is installed (PYTHON names its interpreter):
 #
 #   bash bench/actdistill.sh [runs] [episodes]
