@@ -79,7 +79,7 @@ def distill_vla(config: ActDistillConfig, teacher: Any = None) -> RunResult:
             config.target_flops,
             routing=config.routing,
             always_on=config.always_on,
-            states=_states(vla, loader, config, device) if config.routing == "static" else None,
+            states=_states(vla, loader, device) if config.routing == "static" else None,
             lora=config.lora_rank if config.train == "lora" else None,
             router={"hidden": config.router_hidden, "standardise": config.router_standardise},
             seed=config.seed,
@@ -229,7 +229,7 @@ def _batches(loader: ViewLoader, device: torch.device) -> list[Any]:
 
 
 @torch.no_grad()
-def _states(vla: Any, loader: ViewLoader, config: ActDistillConfig, device: torch.device) -> list[torch.Tensor]:
+def _states(vla: Any, loader: ViewLoader, device: torch.device) -> list[torch.Tensor]:
     """h₀ … h_L of the teacher on samples of all tasks."""
     parts = [hidden_states(vla.layers, embedded(vla, batch)) for batch in _batches(loader, device)]
     return [torch.cat(layer) for layer in zip(*parts)]

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from xdfast.pipeline.policy_config import EVAL_SEED, StepsConfig
-from xdfast.settings import FREE_SETTINGS
+from xdfast.pipeline.policy_config import ActingConfig
 
 __all__ = ["ActDistillConfig"]
 
 
 @dataclass(kw_only=True)
-class ActDistillConfig(StepsConfig):
+class ActDistillConfig(ActingConfig):
     """A student of a VLA that computes a part of its teacher's layers, chosen anew for every decision (ActDistill).
 
     Stage 1 trains graph heads on the frozen teacher and keeps what they say of every sample; stage 2 trains the student.
@@ -80,18 +79,10 @@ class ActDistillConfig(StepsConfig):
     steps: int = 900
     """Updates of stage 2."""
     weight_decay: float = 1e-4
-    episodes: int = 0
-    """Episodes of each task in an evaluation during training; 0: none."""
-    eval_seed: int = EVAL_SEED
-    """Seed of the first of them."""
-    max_steps: int | None = None
-    """Longest episode; default: the task's."""
-    envs: int | None = None
-    """Episodes simulated side by side; default: up to 10, fewer where memory or cores are few."""
     cache_dtype: Literal["float16", "float32"] = "float16"
     """How the teacher's answers are kept."""
 
-    FREE: ClassVar[frozenset[str]] = FREE_SETTINGS | {"envs", "stage1"}
+    FREE: ClassVar[frozenset[str]] = ActingConfig.FREE | {"stage1"}
 
     def validate(self) -> None:
         """Checks every value before any work.
@@ -99,14 +90,14 @@ class ActDistillConfig(StepsConfig):
         Raises:
             ValueError: names the setting, its value and what is allowed.
         """
-        self._validate_steps()
+        self._validate_acting()
         self._positive(
             "lora_rank", "views", "heads_steps", "heads_lr", "graph_hidden", "graph_rank", "graph_neighbours",
-            "semantic_dim", "router_hidden", "router_lr", "max_steps", "envs",
+            "semantic_dim", "router_hidden", "router_lr",
         )  # fmt: skip
         self._not_negative(
             "policy_weight", "semantic_weight", "action_weight", "relation_weight", "gamma", "budget_weight", "balance_weight",
-            "decisive_weight", "episodes", "eval_seed", "demo_seed", "shift",
+            "decisive_weight", "demo_seed", "shift",
         )  # fmt: skip
         self._one_of("routing", ("learned", "static", "random"))
         self._one_of("train", ("transformer", "all", "lora"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from dataclasses import dataclass, field
@@ -22,9 +23,10 @@ from xdfast.pipeline.actdistill_config import ActDistillConfig
 from xdfast.pipeline.actdistill_task import EncapsulationTask
 from xdfast.pipeline.alone import alone_in
 from xdfast.pipeline.folder import finish, open_folder
+from xdfast.pipeline.journal import read_history
 from xdfast.pipeline.loop import autocast, train
 from xdfast.pipeline.policy_config import StepsConfig
-from xdfast.pipeline.task import seed_everything
+from xdfast.pipeline.task import millions, seed_everything
 from xdfast.progress import ProgressLine
 from xdfast.robot.model_files import load_weights
 from xdfast.robot.vla import ViewLoader
@@ -117,7 +119,7 @@ def run_stage1(
     _, finished = open_folder(mine, "heads")
     if finished is None:
         if distributed.is_main():
-            log.info("stage 1: graph heads of %.2f M parameters on the frozen teacher", _millions(heads))
+            log.info("stage 1: graph heads of %.2f M parameters on the frozen teacher", millions(heads))
         task = EncapsulationTask(heads, teacher)
         steps = ViewLoader.like(loader, config.heads_steps)
         with alone_in(out):
@@ -190,17 +192,9 @@ def _save(heads: GraphEncapsulation, folder: Path, graph: dict[str, Any]) -> Non
 
 
 def _last_loss(out: Path) -> dict[str, float]:
-    from xdfast.pipeline.journal import read_history
-
     rows = [row for row in read_history(out / "metrics.jsonl") if row["kind"] == "train"]
     return {name: rows[-1][name] for name in ("loss", "loss_first", "loss_last")} if rows else {}
 
 
 def _digest(facts: Any) -> str:
-    import hashlib
-
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _millions(module: torch.nn.Module) -> float:
-    return sum(p.numel() for p in module.parameters()) / 1e6

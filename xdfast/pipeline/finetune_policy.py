@@ -16,7 +16,7 @@ from xdfast.pipeline.folder import RunResult, finish, model_source, open_folder
 from xdfast.pipeline.loop import autocast, train
 from xdfast.pipeline.policy_config import PolicyConfig
 from xdfast.pipeline.policy_task import PolicyTask
-from xdfast.pipeline.task import seed_everything
+from xdfast.pipeline.task import millions, seed_everything
 from xdfast.progress import ProgressLine
 from xdfast.robot.demos.open import Demonstrations, open_demos
 from xdfast.robot.diffusion import DiffusionSettings
@@ -66,7 +66,7 @@ def finetune_policy(config: PolicyConfig, model: Any = None) -> RunResult:
         check_task(policy, config.task)
     log.info(
         "%d demonstrations, %d samples; encoder %.1f M parameters, denoiser %.2f M",
-        len(demos), len(windows), _millions(policy.encoders), _millions(policy.diffusion),
+        len(demos), len(windows), millions(policy.encoders), millions(policy.diffusion),
     )  # fmt: skip
     device = distributed.device_for_rank(config.device)
     frozen = config.encoder == "frozen"
@@ -271,7 +271,3 @@ def _is_simulated(task: str) -> bool:
             raise
         return False
     return True
-
-
-def _millions(module: nn.Module) -> float:
-    return sum(p.numel() for p in module.parameters()) / 1e6

@@ -11,7 +11,7 @@ from xdfast import distributed
 from xdfast.pipeline.alone import alone_in
 from xdfast.pipeline.folder import RunResult, finish, model_source, open_folder
 from xdfast.pipeline.loop import train
-from xdfast.pipeline.task import seed_everything
+from xdfast.pipeline.task import millions, seed_everything
 from xdfast.pipeline.vla_config import VLAConfig
 from xdfast.pipeline.vla_task import VLATask
 from xdfast.pipeline.vla_tasks import evaluate_tasks, task_demonstrations
@@ -64,7 +64,7 @@ def finetune_vla(config: VLAConfig, model: Any = None) -> RunResult:
             check_task(vla.for_task(name), name)  # now, not after hours of training
     log.info(
         "%d tasks, %d samples; encoder %.1f M parameters, %d layers %.2f M, %d tokens",
-        len(names), len(data), _millions(vla.encoder), config.layers, _millions(vla.layers), vla.num_tokens,
+        len(names), len(data), millions(vla.encoder), config.layers, millions(vla.layers), vla.num_tokens,
     )  # fmt: skip
     device = distributed.device_for_rank(config.device)
     loader = MultiTaskLoader(
@@ -139,7 +139,3 @@ def _diffusion(config: VLAConfig) -> DiffusionSettings | None:
     if config.objective != "diffusion":
         return None
     return DiffusionSettings(config.scheduler, config.prediction, config.train_steps, config.inference_steps)
-
-
-def _millions(module: nn.Module) -> float:
-    return sum(p.numel() for p in module.parameters()) / 1e6

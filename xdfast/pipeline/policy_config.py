@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from xdfast.pipeline.config import RunConfig, _Config
 from xdfast.settings import FREE_SETTINGS
 
-__all__ = ["EvaluatePolicyConfig", "PolicyConfig", "StepsConfig"]
+__all__ = ["ActingConfig", "DenoisingConfig", "EvaluatePolicyConfig", "PolicyConfig", "StepsConfig"]
 
 #: Seeds of evaluation episodes start here, far from those of demonstrations (which start at 0).
 EVAL_SEED = 100_000
@@ -77,7 +77,43 @@ class StepsConfig(RunConfig):
 
 
 @dataclass(kw_only=True)
-class PolicyConfig(StepsConfig):
+class ActingConfig(StepsConfig):
+    """What trainings of robots' policies have: episodes in simulation while they train."""
+
+    episodes: int = 0
+    """Episodes of an evaluation (of each task); 0: none."""
+    eval_seed: int = EVAL_SEED
+    """Seed of the first of them."""
+    max_steps: int | None = None
+    """Longest episode; default: the task's."""
+    envs: int | None = None
+    """Episodes simulated side by side; default: up to 10, fewer where memory or cores are few."""
+
+    FREE: ClassVar[frozenset[str]] = FREE_SETTINGS | {"envs"}
+
+    def _validate_acting(self) -> None:
+        self._validate_steps()
+        self._positive("max_steps", "envs")
+        self._not_negative("episodes", "eval_seed")
+
+
+@dataclass(kw_only=True)
+class DenoisingConfig:
+    """What policies have that learn by diffusion."""
+
+    scheduler: Literal["ddim", "ddpm"] = "ddim"
+    prediction: Literal["sample", "epsilon"] = "sample"
+    """What the denoiser predicts: the clean actions, or the noise."""
+    train_steps: int = 100
+    """Diffusion steps."""
+    inference_steps: int = 10
+    """Of them taken by a decision."""
+    noise_draws: int = 8
+    """Draws of noise and diffusion step per sample and update: the denoiser is cheap beside what it is told."""
+
+
+@dataclass(kw_only=True)
+class PolicyConfig(DenoisingConfig, ActingConfig):
     """A diffusion policy learns from demonstrations, together with the encoder of its pictures.
 
     The defaults train a ResNet-18 on two CPU cores in minutes; recipe ``policy-gpu`` has the field's.
@@ -126,26 +162,10 @@ class PolicyConfig(StepsConfig):
     unet_widths: tuple[int, ...] = (64, 128)
     """Channels of the denoiser's levels."""
     kernel_size: int = 5
-    scheduler: Literal["ddim", "ddpm"] = "ddim"
-    prediction: Literal["sample", "epsilon"] = "sample"
-    train_steps: int = 100
-    """Diffusion steps."""
-    inference_steps: int = 10
-    """Of them taken by a decision."""
-    noise_draws: int = 8
-    """Draws of noise and diffusion step per encoded picture and update."""
     feature_crops: int = 8
     """Frozen encoder: so many fixed crops of every frame, one of which is drawn per sample."""
     episodes: int = 20
     """Episodes of an evaluation; 0: none."""
-    eval_seed: int = EVAL_SEED
-    """Seed of the first of them."""
-    max_steps: int | None = None
-    """Longest episode; default: the task's."""
-    envs: int | None = None
-    """Episodes simulated side by side; default: up to 10, fewer where memory or cores are few."""
-
-    FREE: ClassVar[frozenset[str]] = FREE_SETTINGS | {"envs"}
 
     def validate(self) -> None:
         """Checks every value before any work.
@@ -155,12 +175,12 @@ class PolicyConfig(StepsConfig):
         """
         from xdfast.robot.diffusion import DiffusionSettings
 
-        self._validate_steps()
+        self._validate_acting()
         self._positive(
             "demo_limit", "image_size", "crop", "model_size", "encoder_lr", "n_obs", "horizon", "n_action", "feature_dim",
-            "kernel_size", "noise_draws", "feature_crops", "max_steps", "envs",
+            "kernel_size", "noise_draws", "feature_crops",
         )  # fmt: skip
-        self._not_negative("episodes", "eval_seed", "demo_seed")
+        self._not_negative("demo_seed")
         self._one_of("encoder", ("joint", "frozen"))
         self._one_of("norm", ("auto", "frozen", "group", "batch"))
         if self.crop is not None and self.image_size is not None and self.crop > self.image_size:

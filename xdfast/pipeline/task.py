@@ -18,7 +18,7 @@ from xdfast.models import pool_tap
 from xdfast.ops.rsd import RSDComponents
 from xdfast.pipeline.teacher import CachedTeacher, LiveTeacher
 
-__all__ = ["DistillTask", "SupervisedTask", "TrainingTask", "tap_key"]
+__all__ = ["DistillTask", "SupervisedTask", "TrainingTask", "millions", "tap_key"]
 
 
 class TrainingTask(nn.Module):
@@ -129,18 +129,6 @@ class DistillTask(TrainingTask):
         """Whether any term reads the student's logits."""
         return self.ce_weight > 0 or any(loss.on == "logits" for loss in self.losses.values())
 
-    #: What is counted per second, for the progress bar.
-    unit = "img"
-
-    def inputs(self, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(images, targets) of a batch on the device, as :meth:`forward` takes them; images as float in [0, 1]."""
-        images = batch.images.to(device, non_blocking=True).float().div_(255)
-        return images, batch.labels.to(device, non_blocking=True)
-
-    def parameter_groups(self, config: Any) -> list[dict[str, Any]] | None:
-        """Groups of trainable parameters with rates of their own, as torch's optimisers take them; None: all alike."""
-        return None
-
     def begin_epoch(self, epoch: int) -> None:
         self.teacher.begin_epoch(epoch)
 
@@ -202,6 +190,11 @@ def _classifier(student: nn.Module, missing_ok: bool = False) -> nn.Module:
     if missing_ok:
         return nn.Identity()
     raise ValueError("the model has no classifier to train; give it one with num_classes, or do not freeze the encoder")
+
+
+def millions(module: nn.Module) -> float:
+    """Parameters of a module, in 10⁶."""
+    return sum(p.numel() for p in module.parameters()) / 1e6
 
 
 def seed_everything(seed: int, *numbers: int) -> None:

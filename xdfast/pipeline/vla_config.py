@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from xdfast.pipeline.policy_config import EVAL_SEED, StepsConfig
-from xdfast.settings import FREE_SETTINGS
+from xdfast.pipeline.policy_config import ActingConfig, DenoisingConfig
 
 __all__ = ["VLAConfig"]
 
 
 @dataclass(kw_only=True)
-class VLAConfig(StepsConfig):
+class VLAConfig(DenoisingConfig, ActingConfig):
     """One policy for several tasks, told by a sentence which: a :class:`xdfast.robot.vla.CompactVLA` learns from demonstrations."""
 
     tasks: tuple[str, ...]
@@ -49,32 +48,13 @@ class VLAConfig(StepsConfig):
     text_length: int = 16
     """Words of an instruction, padding included."""
     objective: Literal["l1", "smooth_l1", "diffusion"] = "l1"
-    """Of the action head: regression, or a small denoiser of the chunk. The next seven settings are for diffusion alone."""
+    """Of the action head: regression, or a small denoiser of the chunk, to which alone the settings of diffusion belong."""
     denoiser_width: int = 128
     denoiser_depth: int = 3
     """Blocks of the denoiser."""
-    scheduler: Literal["ddim", "ddpm"] = "ddim"
-    prediction: Literal["sample", "epsilon"] = "sample"
-    """What the denoiser predicts: the clean actions, or the noise."""
-    train_steps: int = 100
-    """Diffusion steps."""
-    inference_steps: int = 10
-    """Of them taken by a decision."""
-    noise_draws: int = 8
-    """Draws of noise and diffusion step per sample and update."""
-    episodes: int = 0
-    """Episodes of each task in an evaluation during training; 0: none."""
-    eval_seed: int = EVAL_SEED
-    """Seed of the first of them."""
-    max_steps: int | None = None
-    """Longest episode; default: the task's."""
-    envs: int | None = None
-    """Episodes simulated side by side; default: up to 10, fewer where memory or cores are few."""
     steps: int = 3000
     """Optimiser updates."""
     weight_decay: float = 1e-4
-
-    FREE: ClassVar[frozenset[str]] = FREE_SETTINGS | {"envs"}
 
     def validate(self) -> None:
         """Checks every value before any work.
@@ -84,12 +64,12 @@ class VLAConfig(StepsConfig):
         """
         from xdfast.robot.diffusion import DiffusionSettings
 
-        self._validate_steps()
+        self._validate_acting()
         self._positive(
-            "image_size", "crop", "encoder_lr", "width", "layers", "heads", "horizon", "n_action", "text_length", "max_steps",
-            "envs", "denoiser_width", "denoiser_depth", "noise_draws",
+            "image_size", "crop", "encoder_lr", "width", "layers", "heads", "horizon", "n_action", "text_length",
+            "denoiser_width", "denoiser_depth", "noise_draws",
         )  # fmt: skip
-        self._not_negative("episodes", "eval_seed", "demo_seed")
+        self._not_negative("demo_seed")
         self._one_of("norm", ("auto", "frozen", "group", "batch"))
         self._one_of("objective", ("l1", "smooth_l1", "diffusion"))
         DiffusionSettings(self.scheduler, self.prediction, self.train_steps, self.inference_steps).validate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from xdfast.robot.vla.interface import Observed
 __all__ = ["BaseVLA"]
 
 
-class BaseVLA(nn.Module):
+class BaseVLA(nn.Module, ABC):
     """Base of :class:`xdfast.robot.vla.CompactVLA` and :class:`xdfast.robot.vla.HuggingFaceVLA`, which add ``embed``, ``layers``
     and ``decode``.
 
@@ -37,13 +38,13 @@ class BaseVLA(nn.Module):
         """A."""
         return self.spec.action_dim
 
+    @abstractmethod
     def embed(self, batch: Observed) -> Tensor:
         """The tokens that enter layer 0, ``[B, T, D]``."""
-        raise RuntimeError(f"{type(self).__name__} has no embed; a VLA has to define it")
 
+    @abstractmethod
     def decode(self, tokens: Tensor, noise: Tensor | None = None) -> Tensor:
         """``[B, T, D]`` after the last layer → normalised actions ``[B, H, A]``."""
-        raise RuntimeError(f"{type(self).__name__} has no decode; a VLA has to define it")
 
     def actions(self, batch: Observed, noise: Tensor | None = None) -> Tensor:
         """Normalised actions ``[B, H, A]``; errors as in :meth:`embed`."""
