@@ -179,6 +179,39 @@ def test_a_router_that_standardises_sends_samples_different_ways(student, teache
     assert run.policy.xdfast_route.options["router"]["standardise"] is True  # as it was loaded
 
 
+def test_a_held_budget_is_kept_at_every_update_and_over_an_interruption(
+    student, teacher, tmp_path, monkeypatch
+) -> None:
+    settings = {
+        **SMALL, "steps": 20, "target_flops": 0.6, "always_on": (0,), "hold_budget": True, "router_standardise": True,
+        "log_every": 1, "checkpoint_seconds": 0.0, "stage1": str(student.path / "stage1"),
+    }  # fmt: skip
+    run = xdfast.distill(teacher=teacher, out=str(tmp_path / "whole"), **settings)
+    rows = [row for row in run.history if row["kind"] == "train"]
+    config = ActDistillConfig(out="x", teacher="y", steps=20, target_flops=0.6, always_on=(0,))
+    heads = GraphEncapsulation(32, 4, teacher.policy.chunk, 4, semantic_dim=8, hidden=8, rank=4, k=4)
+    task = ActDistillTask(derive_student(teacher.policy, 0.6), heads, lambda ids, views: None, config)
+    for row in rows:  # one decision of 32 is a layer of a sample
+        wanted = task.target_at(row["step"] - 1)
+        assert wanted - 1 / 32 - 1e-6 <= row["loss_fraction"] <= wanted + 1e-6
+    assert 0.95 * 0.6 <= run.metrics["flops_fraction"] <= 0.6
+    assert not any(".hold." in name for name in run.policy.state_dict())
+    original, calls = ActDistillTask.forward, []
+
+    def failing(self, *args, **kwargs):
+        calls.append(0)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(ActDistillTask, "forward", failing)
+    with pytest.raises(KeyboardInterrupt):
+        xdfast.distill(teacher=teacher, out=str(tmp_path / "half"), **settings)
+    monkeypatch.setattr(ActDistillTask, "forward", original)
+    again = xdfast.distill(teacher=teacher, out=str(tmp_path / "half"), **settings)
+    assert all(torch.equal(value, again.policy.state_dict()[key]) for key, value in run.policy.state_dict().items())
+
+
 def test_a_threshold_that_changes_paths_is_told(student, teacher, tmp_path, caplog) -> None:
     """Seen on MetaWorld: a router that missed its budget was calibrated to it, and one whole task lost its path."""
     settings = {**SMALL, "steps": 8, "target_flops": 0.5, "budget_weight": 0.0, "stage1": str(student.path / "stage1")}

@@ -6,7 +6,7 @@ from xdfast.models.checkpoint import CheckpointError, atomic_write, load_resume,
 from xdfast.models.create import create_model
 from xdfast.models.encoder import load_encoder
 from xdfast.models.features import FeatureModel, ModelOutput
-from xdfast.models.routed import budget_loss, load_routed, save_routed
+from xdfast.models.routed import budget_loss, hold_budget, load_routed, save_routed
 from xdfast.models.students import save_student, weights_hash
 from xdfast.models.taps import pool_tap, tap_widths
 
@@ -17,6 +17,7 @@ __all__ = [
     "atomic_write",
     "budget_loss",
     "create_model",
+    "hold_budget",
     "load_encoder",
     "load_resume",
     "load_routed",

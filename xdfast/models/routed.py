@@ -15,9 +15,10 @@ from xdfast.losses import BudgetLoss
 from xdfast.models.checkpoint import CheckpointError, atomic_write
 from xdfast.models.students import WEIGHTS_FILE, _rebuilds
 from xdfast.models.weights import read_weights, state_dict_misfit
-from xdfast.nn import Routed, route, routed_stacks
+from xdfast.nn import BudgetShift, LayerRouter, Routed, route, routed_stacks
+from xdfast.nn.router import check_finished
 
-__all__ = ["ROUTE_FILE", "budget_loss", "load_routed", "save_routed"]
+__all__ = ["ROUTE_FILE", "budget_loss", "hold_budget", "load_routed", "save_routed"]
 
 ROUTE_FILE = "route.json"
 _FORMAT = 1
@@ -48,6 +49,37 @@ def budget_loss(model: nn.Module, **options: Any) -> BudgetLoss:
     return loss if parameter is None else loss.to(parameter.device)
 
 
+def hold_budget(model: nn.Module, momentum: float = 0.1) -> BudgetShift:
+    """Lets the router of a model keep the model's budget at every training step by itself; see :class:`xdfast.nn.BudgetShift`.
+
+    ``target_flops`` of what is returned may be lowered step by step. After training, ``router.fold_budget()`` makes the model
+    one that can be saved; :func:`xdfast.nn.calibrate_model` then sets the threshold for data like the user's.
+
+    Args:
+        model: made by :func:`xdfast.nn.route`, with a router that learns; changed in place.
+        momentum: of the running mean of the cuts.
+
+    Raises:
+        ValueError: a model that is not routed, or whose router does not learn.
+
+    Example:
+        >>> import timm, torch, xdfast.nn
+        >>> from xdfast.models import hold_budget
+        >>> model = xdfast.nn.route(timm.create_model("test_vit"), 0.5)
+        >>> hold = hold_budget(model)
+        >>> stack = xdfast.nn.routed_stacks(model)[0]
+        >>> _ = model(torch.randn(16, 3, 160, 160))
+        >>> bool(stack.decision.gates.mean() <= 0.5)
+        True
+    """
+    made, router = _record(model), routed_stacks(model)[0].router
+    if type(router) is not LayerRouter:
+        raise ValueError(f"a budget is held by a LayerRouter, this model has {type(router).__name__}")
+    hold = BudgetShift(made.target_flops, [list(row) for row in made.costs], made.always_on, momentum)
+    router.hold = hold.to(router.head.bias.device).train(router.training)
+    return hold
+
+
 def save_routed(model: nn.Module, folder: str | Path) -> Path:
     """Writes ``model.safetensors`` and ``route.json``, which says how to build the model and how to route it.
 
@@ -60,11 +92,13 @@ def save_routed(model: nn.Module, folder: str | Path) -> Path:
         folder: made if missing.
 
     Raises:
-        ValueError: a model that is not routed, or with an own ``LayerRouter`` class.
+        ValueError: a model that is not routed, with an own ``LayerRouter`` class, or with a router that still holds its budget
+            batch by batch (:func:`hold_budget`).
         CheckpointError: the files cannot be written; earlier ones are unharmed.
     """
     made, folder = _record(model), Path(folder)
     stack = routed_stacks(model)[0]
+    check_finished(stack.router)
     facts = {
         "format": _FORMAT,
         "base": _base(model, made),

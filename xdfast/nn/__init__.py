@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from xdfast.nn.aad import AAD
 from xdfast.nn.baseline_routers import RandomRouter, StaticRouter, block_influence, most_influential
+from xdfast.nn.budget_shift import BudgetShift, budget_shift
 from xdfast.nn.calibrate import Calibration, calibrate_flops, select_per_sample
 from xdfast.nn.calibrated_model import calibrate_model
 from xdfast.nn.convert import Routed, route
@@ -18,6 +19,7 @@ from xdfast.nn.steps import fixed_gates, routed_stacks
 
 __all__ = [
     "AAD",
+    "BudgetShift",
     "Calibration",
     "GATLayer",
     "GateFunction",
@@ -29,6 +31,7 @@ __all__ = [
     "Routed",
     "StaticRouter",
     "block_influence",
+    "budget_shift",
     "calibrate_flops",
     "calibrate_latency",
     "calibrate_model",

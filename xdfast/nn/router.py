@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xdfast.nn.budget_shift import BudgetShift
 from xdfast.ops._checks import check_choice
 
-__all__ = ["LayerRouter"]
+__all__ = ["LayerRouter", "check_finished"]
 
 #: Pools over the tokens of a group (one decision per sample), and the two kinds of decision within a sample.
 POOLS = ("meanmax", "mean", "max", "none", "block")
@@ -51,6 +52,10 @@ class LayerRouter(nn.Module):
         bias_init: of the last bias; σ(2) = 0.88.
         block_rows: G, tokens per block.
         standardise: see above; γ is one number per logit. A batch with a single decision takes the running means.
+
+    Attributes:
+        hold: :class:`xdfast.nn.BudgetShift` that keeps a budget at every update, or None (at first). It gets the logits last;
+            :meth:`fold_budget` makes it a part of the bias.
 
     Shape:
         tokens [B, T, D], mask [B, T] bool (False: padding, read by nobody, may be NaN) or None.
@@ -113,6 +118,7 @@ class LayerRouter(nn.Module):
         self.head = nn.Linear(len(self.groups) * parts * hidden, num_layers * branches)
         self.standardise = _Standardise(num_layers * branches) if standardise else None
         self.gain = nn.Parameter(torch.ones(num_layers * branches)) if standardise else None
+        self.hold: BudgetShift | None = None
         self.reset_head()
 
     def reset_head(self) -> None:
@@ -136,7 +142,15 @@ class LayerRouter(nn.Module):
                 parts += _pool(projection(tokens[:, group]), None if mask is None else mask[:, group], self.pool)
             pooled = torch.cat(parts, -1)
         logits = self.head(pooled) if self.standardise is None else self._standardised(pooled)
-        return logits.unflatten(-1, (self.num_layers, self.branches))
+        logits = logits.unflatten(-1, (self.num_layers, self.branches))
+        return logits if self.hold is None else self.hold(logits)
+
+    @torch.no_grad()
+    def fold_budget(self) -> None:
+        """Makes the running mean of :attr:`hold`'s cuts a part of the bias and drops it: the same decisions, a plain router."""
+        if self.hold is not None:
+            self.head.bias.sub_(self.hold.shift.to(self.head.bias))
+            self.hold = None
 
     def _standardised(self, pooled: Tensor) -> Tensor:
         """γ (W s − μ) / σ + b, in float32; [..., hidden'] → [..., L · S]."""
@@ -192,6 +206,18 @@ class LayerRouter(nn.Module):
         groups = ", ".join(_text(group) for group in self.groups)
         block = "" if self.block_rows is None else f", block_rows={self.block_rows}"
         return f"num_layers={self.num_layers}, branches={self.branches}, pool={self.pool!r}{block}, groups=[{groups}]"
+
+
+def check_finished(router: LayerRouter | None) -> None:
+    """Whether a router can be saved.
+
+    Raises:
+        ValueError: it still holds its budget batch by batch.
+    """
+    if router is not None and router.hold is not None:
+        raise ValueError(
+            "the router still holds its budget batch by batch, as in training; call router.fold_budget() before saving"
+        )
 
 
 class _Standardise(nn.BatchNorm1d):

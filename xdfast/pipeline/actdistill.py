@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -221,7 +222,9 @@ def _batches(loader: ViewLoader, device: torch.device) -> list[Any]:
     """Samples spread over all tasks, as a policy sees them when it acts (view 0)."""
     count = len(loader.data)
     ids = torch.linspace(0, count - 1, min(_CALIBRATION, count)).long().unique()
-    batches = [loader.read(part, torch.zeros_like(part)) for part in ids.split(64)]
+    # every batch of all tasks, as in training: ids lie task by task, and statistics over one task are those of no other
+    parts = [ids[first :: math.ceil(len(ids) / 64)] for first in range(math.ceil(len(ids) / 64))]
+    batches = [loader.read(part, torch.zeros_like(part)) for part in parts]
     for batch in batches:
         batch.images, batch.state = batch.images.to(device), batch.state.to(device)
         batch.instruction, batch.actions = batch.instruction.to(device), batch.actions.to(device)
@@ -239,7 +242,9 @@ def _exported(net: Any, loader: ViewLoader, config: ActDistillConfig, device: to
     """The student as it acts: adapters merged, the router's threshold set so that the budget holds."""
     student = merge_lora(copy.deepcopy(net)).eval()
     if config.routing == "learned":
-        _settle(routed_stacks(student)[0].router, lambda: [_pass(student, batch) for batch in _batches(loader, device)])
+        router = routed_stacks(student)[0].router
+        _settle(router, lambda: [_pass(student, batch) for batch in _batches(loader, device)])
+        router.fold_budget()
         reached, before = _usage(student, loader, device)
         calibrate_model(student, _batches(loader, device), target_flops=config.target_flops, call=_pass)
         _, after = _usage(student, loader, device)
@@ -256,16 +261,20 @@ def _exported(net: Any, loader: ViewLoader, config: ActDistillConfig, device: to
 
 @torch.no_grad()
 def _settle(router: Any, passes: Callable[[], Any]) -> None:
-    """Exact means of a router that standardises: its running ones lag behind weights that are averages themselves."""
-    norm = router.standardise
-    if norm is None:
-        return
-    momentum, norm.momentum = norm.momentum, None  # None: the plain mean over the batches
-    norm.reset_running_stats()
-    router.train()
-    passes()
-    router.eval()
-    norm.momentum = momentum
+    """Exact means of a router that standardises or cuts: its running ones lag behind weights that are averages themselves."""
+    norm, hold = router.standardise, router.hold
+    if norm is not None:
+        momentum, norm.momentum = norm.momentum, None  # None: the plain mean over the batches
+        norm.reset_running_stats()
+        router.train()
+        passes()
+        router.eval()
+        norm.momentum = momentum
+    if hold is not None:
+        hold.seen.fill_(False)
+        hold.train()
+        passes()
+        hold.eval()
 
 
 def _usage(student: Any, loader: ViewLoader, device: torch.device) -> tuple[float, list[str]]:

@@ -75,6 +75,8 @@ class ActDistillConfig(ActingConfig):
     router_lr: float = 1e-3
     router_standardise: bool = False
     """Samples differ in the router's eyes whatever the budget asks (a BatchNorm of its logits): no single path for all."""
+    hold_budget: bool = False
+    """Every update keeps the target exactly: layers and samples compete for it (BudgetShift), instead of the budget's loss."""
 
     steps: int = 900
     """Updates of stage 2."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xdfast.losses import ActDistillLoss, stage1_loss
-from xdfast.models import budget_loss
+from xdfast.models import budget_loss, hold_budget
 from xdfast.nn import GraphEncapsulation, RandomRouter, StaticRouter, routed_stacks
 from xdfast.pipeline.task import TrainingTask
 from xdfast.robot.vla import Observation, ViewBatch, hidden_states
@@ -72,7 +72,8 @@ class ActDistillTask(TrainingTask):
     r"""Stage 2: L = w_p L_policy + L_dual-stream + w_b L_budget.
 
     The student's graph heads start as stage 1 left them and learn on; they are no part of the student. The FLOPs' target
-    falls from 1 to r* along half a cosine over the first part of the updates, so that layers leave one by one.
+    falls from 1 to r* along half a cosine over the first part of the updates, so that layers leave one by one. With
+    ``config.hold_budget`` the router cuts every batch at that target; the budget's loss then has nothing left to pull.
 
     Args:
         student: routed VLA (:func:`xdfast.robot.vla.derive_student`).
@@ -95,6 +96,8 @@ class ActDistillTask(TrainingTask):
         self.heads = heads
         self.stack: tuple[Any] = (routed_stacks(student)[0],)  # in a tuple: it is the student's sub-module already
         self.learned = not isinstance(self.stack[0].router, (StaticRouter, RandomRouter))
+        if self.learned and config.hold_budget:
+            hold_budget(student)
         self.dual = ActDistillLoss(
             heads.num_layers, config.gamma, config.semantic_weight, config.action_weight, config.relation_weight,
             return_components=True,
@@ -152,11 +155,13 @@ class ActDistillTask(TrainingTask):
         # every rank has rows in every step: see MultiTaskLoader
         assert targets is not None and state is not None and instruction is not None
         student, stack = self.student, self.stack[0]
+        self.budget.target_flops = self.target_at(step)
+        if stack.router.hold is not None:
+            stack.router.hold.target_flops = self.budget.target_flops
         states = hidden_states(student.layers, embedded(student, Demonstrated(images, state, instruction, targets)))
         semantics, actions = self.heads(torch.stack(states[1:]), mask=readable(student, states[0]))
         dual = self.dual(semantics, actions, teacher_semantics, teacher_actions, normalised(student, targets))
         policy = student.chunk_loss(states[-1], targets)
-        self.budget.target_flops = self.target_at(step)
         budget = self.budget(stack.decision.gates, stack.decision.probabilities)
         loss = self._config.policy_weight * policy + dual.loss
         if self.learned:

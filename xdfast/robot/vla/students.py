@@ -19,6 +19,7 @@ from xdfast.nn import (
     routed_stacks,
 )
 from xdfast.nn.lora import add_lora
+from xdfast.nn.router import check_finished
 from xdfast.ops._checks import check_choice
 
 __all__ = ["ROUTINGS", "derive_student", "rebuild_route", "route_facts"]
@@ -83,9 +84,10 @@ def route_facts(vla: Any) -> dict[str, Any]:
     """What :func:`rebuild_route` needs to route the same model again; JSON-able.
 
     Raises:
-        ValueError: a router of a class of yours.
+        ValueError: a router of a class of yours, or one that still holds its budget batch by batch.
     """
     stack = routed_stacks(vla)[0]
+    check_finished(stack.router)
     options = {**vla.xdfast_route.options, "gate": stack.gate.kind}  # a schedule may have changed it
     router = stack.router
     if type(router) is StaticRouter:
