@@ -20,7 +20,7 @@ STAMP := $(VENV)/.xdfast-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml setup.py $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \))
 
-.PHONY: help install install-robot demo demo-robot test test-slow test-gpu bench bench-data bench-cache bench-robot bench-policy bench-routed bench-actdistill bench-gpu figures lint format build clean
+.PHONY: help install install-robot demo demo-robot test test-slow test-gpu bench bench-data bench-cache bench-robot bench-policy bench-routed bench-actdistill bench-gpu figures docs docs-serve lint format build clean
 
 help:
 	@echo "make demo        train a small student from a teacher on real images, write a report (about 4 minutes on 2 cores)"
@@ -34,6 +34,7 @@ help:
 	@echo "make bench-routed layers that are skipped, against dense ones and other ways to skip (about 12 minutes)"
 	@echo "make bench-actdistill a VLA, its student with half of the layers and two baselines in closed loop (hours; RUNS=folder)"
 	@echo "make figures     the tables of README and docs from bench/results"
+	@echo "make docs        the documentation site in site/, warnings are errors      make docs-serve   while you write"
 	@echo "make lint        ruff, import rules, types          make format   let ruff rewrite"
 	@echo "make build       wheel and source archive in dist/"
 	@echo "make install     only set up the environment: $(VENV)"
@@ -130,6 +131,14 @@ figures: $(STAMP)
 	@"$(BIN)/python" -m xdfast.bench.routed_table README.md bench/results/cpu/routed.json B=16 exact 1 0.5 0.25
 	@"$(BIN)/python" -m xdfast.bench.routed_table docs/routed.md bench/results/cpu/routed.json
 
+# Material for MkDocs announces a MkDocs 2 that pyproject.toml does not allow.
+docs: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 "$(BIN)/mkdocs" build --strict --quiet $(ARGS)
+	@echo "site/index.html"
+
+docs-serve: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 "$(BIN)/mkdocs" serve $(ARGS)
+
 lint: $(STAMP)
 	@"$(BIN)/ruff" check .
 	@"$(BIN)/ruff" format --check .
@@ -146,5 +155,5 @@ build: $(STAMP)
 	@"$(BIN)/python" -m build --no-isolation
 
 clean:
-	@rm -rf build dist *.egg-info xdfast/_C.*.so xdfast/_build_info.json .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .benchmarks .hypothesis "$(STAMP)"
+	@rm -rf build dist site *.egg-info xdfast/_C.*.so xdfast/_build_info.json .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .benchmarks .hypothesis "$(STAMP)"
 	@find xdfast kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
