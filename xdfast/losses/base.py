@@ -18,12 +18,23 @@ class DistillLoss(nn.Module):
     """Base of the losses: ``loss(student, teacher) → scalar``, already multiplied by ``weight``.
 
     Attributes:
-        on: what the pipeline feeds it by default: ``"features"`` (penultimate, through a projector) or ``"logits"``.
+        on: what the pipeline feeds it by default: ``"features"`` (penultimate), ``"logits"``, or ``"maps"`` (of the modules
+            that ``taps`` names).
         default_weight: the weight the method's paper gives the term next to the cross-entropy.
+        needs: what ``forward`` takes besides, in this order: of ``"targets"`` (labels of the batch) and ``"ids"`` (position
+            of each sample in the training set).
+        projection: what the pipeline puts before it: ``"aad"`` (:class:`xdfast.AAD`, for features and taps), ``"contrast"``
+            (heads on both sides) or ``"none"``.
+        at_taps: whether it is also applied to pairs of ``taps``, if it is on features.
+        at_stages: whether it is also applied to the student's taps named with ``"logits"``, through a classifier on each.
     """
 
     on = "features"
     default_weight = 1.0
+    needs: tuple[str, ...] = ()
+    projection = "aad"
+    at_taps = True
+    at_stages = False
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
