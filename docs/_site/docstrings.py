@@ -17,6 +17,7 @@ _INLINE_MATH = re.compile(r":math:`([^`]+)`")
 _MATH = re.compile(
     r"^(?P<indent> *)\.\. math::(?P<rest>.*)\n(?P<body>(?:(?P=indent) +\S.*\n|\n(?=(?P=indent) +\S))*)", re.M
 )
+_LITERAL = re.compile(r"^(.*\S)::\n(?=\n? +\S)", re.M)
 _EXAMPLE = re.compile(r"^( *)Example:[ \t]*$", re.M)
 
 #: `[B, L][S]` in prose would be a reference to a page S; in lines of code it stays.
@@ -36,6 +37,7 @@ def to_markdown(text: str, obj: griffe.Object) -> str:
     text = _MATH.sub(_formula, text + "\n").rstrip("\n")
     text = _INLINE_MATH.sub(lambda found: f"${found[1]}$", text)
     text = _EXAMPLE.sub(r"\1Examples:", text)
+    text = _LITERAL.sub(r"\1:\n", text)
     text = _SHAPES.sub(r"\1\\[", text)
     return _ROLE.sub(lambda found: _link(found[2], bool(found[1]), obj), text)
 
@@ -60,6 +62,7 @@ def _full_name(target: str, obj: griffe.Object) -> str:
         "finetune",
         "evaluate",
         "report",
+        "export",
     ):  # a module has the function's name, and griffe finds that first
         return f"xdfast.pipeline.{verb}.{verb}"
     if target.startswith("xdfast"):

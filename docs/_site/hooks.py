@@ -1,8 +1,8 @@
 """What the site takes from outside docs/: figures, examples, the contributor's guide and the changelog.
 
 Pages link to them as a code host shows them (`../bench/results/cpu/rsd.json`). Here every such target becomes a file or a
-page of the site and the link points to it, so that the same Markdown reads well in both places. A target that does not exist is left
-alone, and `--strict` fails on it.
+page of the site and the link points to it, so that the same Markdown reads well in both places. A target that does not
+exist is left alone, and `--strict` fails on it.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def _results(folder: Path) -> str:
     lines = [
         "# Figures as they were measured",
         "",
-        "Every number in README and on these pages comes from one of these files, which are committed with the code: the machine, all "
-        "candidates, quartiles. A folder is a device.",
+        "Every number in README and on these pages comes from one of these files, which are committed with the code: the machine, "
+        "all candidates, quartiles. A folder is a device.",
         "",
     ]
     for device in sorted(p for p in folder.iterdir() if p.is_dir()):

@@ -64,9 +64,18 @@ def check(words: list[str]) -> None:
         for names in re.findall(r"(?:\.|xdfast)\[([\w,]+)\]", " ".join(rest)):
             assert set(names.split(",")) <= set(extras), f"extras are {', '.join(extras)}"
     else:
-        assert name in ("cd", "mkdir", "git", "ls", "sbatch", "srun", "unzip", "export", ".venv/bin/pre-commit"), (
-            f"unknown command {name}"
-        )
+        assert name in (
+            "cd",
+            "mkdir",
+            "git",
+            "ls",
+            "sbatch",
+            "srun",
+            "unzip",
+            "export",
+            "source",
+            ".venv/bin/pre-commit",
+        ), f"unknown command {name}"
 
 
 def test_recipes_named_in_the_text_exist() -> None:
@@ -94,9 +103,10 @@ def test_a_wrong_command_is_found(words: str, message: str, tmp_path, monkeypatc
 def test_what_a_command_would_leave_tells_the_next_one(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert (
-        type(parse_only("finetune --task drawer-open --model resnet18 --out runs/x".split())).__name__ == "PolicyConfig"
+        type(parse_only(["finetune", "--task", "drawer-open", "--model", "resnet18", "--out", "runs/x"])).__name__
+        == "PolicyConfig"
     )
-    options = parse_only("evaluate --model runs/x --episodes 5".split())
+    options = parse_only(["evaluate", "--model", "runs/x", "--episodes", "5"])
     assert (type(options).__name__, options.episodes) == ("EvaluatePolicyConfig", 5)
 
 
