@@ -138,6 +138,10 @@ def resolve_precision(precision: str, device: str) -> str:
     return {"highest": "float32", "high": "tf32", "medium": "bfloat16"}[_matmul_precision()]
 
 
-@torch.compiler.assume_constant_result  # the compiler cannot trace a call that returns a string
 def _matmul_precision() -> str:
     return torch.get_float32_matmul_precision()
+
+
+# The compiler cannot trace a call that returns a string. `torch.compiler.assume_constant_result` sets this mark and
+# nothing else, but imports all of torch._dynamo for it: 3 s of every process that only wants a loss.
+_matmul_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
