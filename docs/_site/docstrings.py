@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import griffe
 
+VERBS = Path(__file__).resolve().parents[2] / "xdfast/pipeline"
 _ROLE = re.compile(r":(?:class|func|meth|attr|mod|data|exc):`(~?)([^`<>]+)`")
 _INLINE_MATH = re.compile(r":math:`([^`]+)`")
 _MATH = re.compile(
@@ -57,13 +59,7 @@ def _link(target: str, short: bool, obj: griffe.Object) -> str:
 
 def _full_name(target: str, obj: griffe.Object) -> str:
     verb = target.removeprefix("xdfast.")
-    if verb in (
-        "distill",
-        "finetune",
-        "evaluate",
-        "report",
-        "export",
-    ):  # a module has the function's name, and griffe finds that first
+    if (VERBS / f"{verb}.py").is_file():  # a module has the function's name, and griffe finds that first
         return f"xdfast.pipeline.{verb}.{verb}"
     if target.startswith("xdfast"):
         return target
