@@ -138,16 +138,26 @@ class Diffusion(nn.Module):
         x = noise[0].to(film.dtype)
         stochastic = self.settings.scheduler == "ddpm"
         for index in range(len(self.steps)):
-            predicted = self.unet.denoise(x, film + times[index])
-            p, q, r, s, keep, spread = self.table[index].to(x.dtype).unbind()
-            if self.settings.prediction == "sample":
-                clean, added = predicted, (x - keep * predicted) / spread
-            else:
-                clean, added = (x - spread * predicted) / keep, predicted
-            x = p * clean.clamp(-1, 1) + q * x + r * added
-            if stochastic:
-                x = x + s * noise[index + 1]
+            x = self.step(x, film + times[index], self.table[index], noise[index + 1] if stochastic else None)
         return x
+
+    def step(self, x: Tensor, film: Tensor, row: Tensor, noise: Tensor | None = None) -> Tensor:
+        """One denoising step, ``p · clip(x̂₀) + q · x + r · ε̂ + s · noise``.
+
+        Args:
+            x: noisy actions ``[B, H, A]``.
+            film: both parts of the denoiser's condition for this step, summed.
+            row: of ``table``, ``[6]``.
+            noise: what ddpm adds, ``[B, H, A]``; None for ddim.
+        """
+        predicted = self.unet.denoise(x, film)
+        p, q, r, s, keep, spread = row.to(x.dtype).unbind()
+        if self.settings.prediction == "sample":
+            clean, added = predicted, (x - keep * predicted) / spread
+        else:
+            clean, added = (x - spread * predicted) / keep, predicted
+        x = p * clean.clamp(-1, 1) + q * x + r * added
+        return x if noise is None else x + s * noise
 
     @property
     def noise_count(self) -> int:

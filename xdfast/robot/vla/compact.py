@@ -135,7 +135,7 @@ class CompactVLA(BaseVLA):
         if not isinstance(self.head, DiffusionHead):
             return self.head(asked)
         if noise is None:
-            noise = asked.new_zeros(self.head.noise_shape(len(asked)))
+            noise = asked.new_zeros(self.head.noise_shape(asked.shape[0]))
         return self.head.sample(asked, noise)
 
     # --- its parts
@@ -159,11 +159,12 @@ class CompactVLA(BaseVLA):
         Raises:
             ValueError: states or instructions of another shape or dtype.
         """
-        check_told(self.spec, state, instruction, len(features))
+        rows = features.shape[0]  # not len(): torch.export would take it for a constant
+        check_told(self.spec, state, instruction, rows)
         seen = self.vision_in(self.vision_norm(features)) + self.cell_position + self.camera[:, None]  # [B, K, h·w, D]
         told = self.words(instruction) + self.word_position
         felt = self.state_in(self.state_norm(state.float()))
-        asked = self.queries.expand(len(features), -1, -1).to(seen.dtype)
+        asked = self.queries.expand(rows, -1, -1).to(seen.dtype)
         return torch.cat([seen.flatten(1, 2), told.to(seen.dtype), felt.to(seen.dtype), asked], dim=1)
 
     # --- learning

@@ -152,7 +152,7 @@ class DiffusionHead(Diffusion):
         Raises:
             ValueError: noise of another shape.
         """
-        wanted = self.noise_shape(len(condition))
+        wanted = self.noise_shape(condition.shape[0])
         if tuple(noise.shape) != wanted:
             raise ValueError(
                 f"expected noise {list(wanted)}, got {list(noise.shape)}; vla.noise({len(condition)}) makes it"
