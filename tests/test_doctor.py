@@ -22,7 +22,7 @@ def report() -> dict:
 def test_report_is_json_and_complete(report):
     again = json.loads(json.dumps(report))
     assert again == report
-    parts = "xdfast python packages cpu cuda extension kernels packing apex dali robot extras ops warnings"
+    parts = "xdfast python packages cpu cuda extension kernels packing apex dali robot deploy extras ops warnings"
     assert set(report) == set(parts.split())
 
 
@@ -62,10 +62,26 @@ def test_extension_state_agrees_with_an_import(report):
 
 
 def test_extras_come_from_the_metadata(report):
-    assert {"data", "robot", "vla", "analysis", "tensorboard", "dev"} <= set(report["extras"])
+    assert {"data", "robot", "vla", "analysis", "deploy", "tensorboard", "dev"} <= set(report["extras"])
     assert "pytest" in report["extras"]["dev"]["packages"]
     assert report["extras"]["dev"]["packages"]["pytest"] == pytest.__version__
     assert not any("apex" in e["packages"] for e in report["extras"].values())
+
+
+def test_deploy_says_whether_onnx_files_can_be_written(report, monkeypatch):
+    import onnxruntime
+
+    deploy = report["deploy"]
+    assert deploy["onnx"] is True and deploy["packages"]["onnxruntime"] == onnxruntime.__version__
+    assert "CPU" in deploy["providers"] and "onnxruntime runs on" in deploy["reason"]
+    monkeypatch.setattr(doctor, "_version", lambda name: None)  # as where nothing is installed
+    without = doctor._deploy([])
+    assert without["onnx"] is False
+    assert 'onnx, onnxscript, onnxruntime not installed: pip install "xdfast[deploy]"' in without["reason"]
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    warnings: list[str] = []
+    assert doctor._deploy(warnings)["onnx"] is False and "does not import" in warnings[0]
 
 
 def test_robot_says_what_renders_or_why_nothing_does(report):

@@ -44,6 +44,8 @@ _LISTED = (
 )
 #: What simulated robot tasks run on.
 _SIMULATORS = ("mujoco", "metaworld", "gymnasium", "gymnasium-robotics", "av")
+#: What `xdfast export --formats onnx` needs.
+_EXPORTERS = ("onnx", "onnxscript", "onnxruntime")
 _HERE = Path(__file__).resolve().parent
 
 
@@ -62,6 +64,7 @@ def collect() -> dict[str, Any]:
         "apex": asdict(_apex(warnings)),
         "dali": _dali(warnings),
         "robot": _robot(warnings),
+        "deploy": _deploy(warnings),
         "extras": _extras(),
         "ops": _ops(),
     }
@@ -282,6 +285,25 @@ def _robot(warnings: list[str]) -> dict[str, Any]:
     return result | {"renderer": found.name, "reason": found.reason}
 
 
+def _deploy(warnings: list[str]) -> dict[str, Any]:
+    """Whether `xdfast export` can write ONNX files and check them, and what onnxruntime runs on; and AOTInductor's compiler."""
+    packages = {name: _version(name) for name in _EXPORTERS}
+    # the package for GPUs has another name and the same modules
+    packages["onnxruntime"] = packages["onnxruntime"] or _version("onnxruntime-gpu")
+    compiler = shutil.which(os.environ.get("CXX", "c++").split()[0])
+    result: dict[str, Any] = {"packages": packages, "providers": [], "compiler": compiler, "onnx": False}
+    missing = [name for name, version in packages.items() if version is None]
+    if missing:
+        return result | {"reason": f'no ONNX files: {", ".join(missing)} not installed: pip install "xdfast[deploy]"'}
+    onnxruntime, error = _try_import("onnxruntime")
+    if onnxruntime is None:
+        message = f"onnxruntime {packages['onnxruntime']} does not import ({error}): pip install --upgrade onnxruntime"
+        warnings.append(message)
+        return result | {"reason": message}
+    providers = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
+    return result | {"onnx": True, "providers": providers, "reason": f"onnxruntime runs on {', '.join(providers)}"}
+
+
 def _extras() -> dict[str, dict[str, Any]]:
     """Extra → its packages with versions, read from the metadata of the installed xdfast."""
     try:
@@ -370,6 +392,11 @@ def _print(report: dict[str, Any]) -> None:
     rows.append(
         ("simulated robot tasks", robot["renderer"] or "cannot run", f"{simulators}; {robot['reason']}".strip("; "))
     )
+    deploy = report["deploy"]
+    versions = ", ".join(f"{name} {version}" for name, version in deploy["packages"].items() if version)
+    rows.append(("export to ONNX", "yes" if deploy["onnx"] else "no", f"{versions}; {deploy['reason']}".strip("; ")))
+    found = deploy["compiler"] or "no C++ compiler on the PATH: install g++ or clang++, or set CXX"
+    rows.append(("export by AOTInductor", "yes" if deploy["compiler"] else "no", found))
     table("compiled and optional parts", rows, ("part", "state", "why"))
     if report["extras"]:
         table(
