@@ -45,6 +45,9 @@ _PUBLIC = {
     "finetune": "xdfast.pipeline",
     "evaluate": "xdfast.pipeline",
     "report": "xdfast.pipeline",
+    "export": "xdfast.pipeline",
+    "push": "xdfast.pipeline",
+    "pull": "xdfast.pipeline",
 }
 
 __all__ = [
@@ -70,12 +73,15 @@ __all__ = [
     "create_model",
     "distill",
     "evaluate",
+    "export",
     "finetune",
     "list_losses",
     "load_encoder",
     "load_policy",
     "load_routed",
     "prepare_teacher",
+    "pull",
+    "push",
     "report",
     "route",
     "rsd_loss",
@@ -105,14 +111,17 @@ if TYPE_CHECKING:  # what type checkers and editors see; nothing of it runs
         VLAConfig,
         distill,
         evaluate,
+        export,
         finetune,
+        pull,
+        push,
         report,
     )
     from xdfast.robot import DiffusionPolicy, load_policy
 
 
 #: Sub-packages reachable as attributes, loaded on first use like the names above.
-_ROOMS = ("data", "losses", "models", "nn", "ops", "pipeline", "reporting", "robot")
+_ROOMS = ("data", "deploy", "losses", "models", "nn", "ops", "pipeline", "reporting", "robot")
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,9 @@ _VERBS = {
     "evaluate": "top-1/5, k-NN, linear probe, CKA of a run or model; success rate of a robot's policy",
     "suite": "several encoders on many robot tasks, run side by side and continued, with one report",
     "report": "one HTML page and a JSON from finished runs",
+    "export": "a student or policy as torch.export, ONNX and AOTInductor files, compared with PyTorch and timed",
+    "push": "a trained model with its card to the Hugging Face hub, or to a folder",
+    "pull": "a published model as a folder that the other verbs take",
     "cache": "teacher caches: info, verify, build, remove",
     "data": "check: look at every image, name those that cannot be read",
     "demos": "robot demonstrations: tasks, info, check, convert, show, collect",
@@ -197,6 +200,24 @@ def _report(args: list[str]) -> None:
     print(f"written to {result.path} and {result.json_path}")
 
 
+def _export(args: list[str]) -> None:
+    from xdfast import cli_export
+
+    cli_export.export(args)
+
+
+def _push(args: list[str]) -> None:
+    from xdfast import cli_export
+
+    cli_export.push(args)
+
+
+def _pull(args: list[str]) -> None:
+    from xdfast import cli_export
+
+    cli_export.pull(args)
+
+
 def _cache(args: list[str]) -> int:
     from xdfast import cli_cache
 
@@ -301,6 +322,9 @@ _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "evaluate": _evaluate,
     "suite": _suite,
     "report": _report,
+    "export": _export,
+    "push": _push,
+    "pull": _pull,
     "cache": _cache,
     "data": _data,
     "demos": _demos,

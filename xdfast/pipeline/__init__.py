@@ -6,9 +6,11 @@ from xdfast.pipeline.actdistill_config import ActDistillConfig
 from xdfast.pipeline.config import DistillConfig, EvaluateConfig, FinetuneConfig
 from xdfast.pipeline.distill import distill
 from xdfast.pipeline.evaluate import EvaluateResult, evaluate
+from xdfast.pipeline.export import export
 from xdfast.pipeline.finetune import finetune
 from xdfast.pipeline.folder import RunResult, load_run
 from xdfast.pipeline.policy_config import EvaluatePolicyConfig, PolicyConfig
+from xdfast.pipeline.publish import pull, push
 from xdfast.pipeline.report import report
 from xdfast.pipeline.vla_config import VLAConfig
 
@@ -24,7 +26,10 @@ __all__ = [
     "VLAConfig",
     "distill",
     "evaluate",
+    "export",
     "finetune",
     "load_run",
+    "pull",
+    "push",
     "report",
 ]
