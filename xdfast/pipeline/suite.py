@@ -5,17 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from xdfast.errors import nearest
 from xdfast.pipeline.config import _Config, load_yaml
@@ -23,7 +16,7 @@ from xdfast.pipeline.evaluate_policy import PolicyEvaluation, load_policy_evalua
 from xdfast.pipeline.finetune_policy import open_demonstrations
 from xdfast.pipeline.folder import load_run, open_folder
 from xdfast.pipeline.policy_config import EVAL_SEED, PolicyConfig
-from xdfast.progress import ProgressLine
+from xdfast.pipeline.side_by_side import default_jobs, run_all
 from xdfast.recipes import recipe_path
 from xdfast.robot.sim.names import SUITES, suite, task_spec
 
@@ -145,9 +138,10 @@ def run_suite(config: SuiteConfig | None = None, **settings: Any) -> SuiteResult
     log.info("rendering with %s (%s)", *renderer())
     out = Path(config.out).expanduser()
     jobs = list(_jobs(config))
-    for job in {job.task: job for job in jobs if not job.finished(config)}.values():
+    for job in {job.task: job for job in jobs if not job.finished()}.values():
         open_demonstrations(job.config, job.folder)  # once, with all cores, before several runs want them
-    failed = _run_all(config, jobs)
+    at_once = config.jobs or default_jobs(config.device)
+    failed = run_all(jobs, title=f"suite {config.tasks}", at_once=at_once, progress=config.progress)
     results: dict[tuple[str, str], list[PolicyEvaluation]] = {}
     ended = []
     for job in jobs:
@@ -168,10 +162,15 @@ def run_suite(config: SuiteConfig | None = None, **settings: Any) -> SuiteResult
 
 @dataclass
 class _Job:
+    """Training and evaluation of one policy (:class:`xdfast.pipeline.side_by_side.Job`)."""
+
+    suite: SuiteConfig
     task: str
     encoder: str
     seed: int
     config: PolicyConfig
+
+    entry: ClassVar[str] = "xdfast.pipeline.suite:_run_job"
 
     @property
     def folder(self) -> Path:
@@ -181,7 +180,21 @@ class _Job:
     def name(self) -> str:
         return f"{task_spec(self.task).env}/{self.folder.name}"
 
-    def finished(self, suite: SuiteConfig) -> bool:
+    def plan(self) -> dict[str, Any]:
+        suite = self.suite
+        told = {
+            "episodes": suite.episodes,
+            "eval_seed": suite.eval_seed,
+            "videos": suite.videos,
+            "device": suite.device,
+        }
+        return {"policy": self.config.to_dict(), "evaluation": told}
+
+    def told(self) -> str:
+        found = load_policy_evaluation(self.folder)
+        return f"{found.metrics['success']:.0%}" if found is not None else "failed"
+
+    def finished(self) -> bool:
         """Whether exactly this run is there, trained and evaluated as the suite asks.
 
         Raises:
@@ -191,7 +204,7 @@ class _Job:
             return False
         open_folder(self.config, "policy")
         found = load_policy_evaluation(self.folder)
-        wanted = set(range(suite.eval_seed, suite.eval_seed + suite.episodes))
+        wanted = set(range(self.suite.eval_seed, self.suite.eval_seed + self.suite.episodes))
         return found is not None and wanted <= {episode["seed"] for episode in found.episodes}
 
 
@@ -211,140 +224,16 @@ def _jobs(config: SuiteConfig) -> Iterator[_Job]:
                     own["demos"] = str(Path(config.demos).expanduser() / task_spec(task).env)
                 merged = {**values, "episodes": 0, "device": config.device, **config.settings}
                 merged |= {**config.encoder_settings.get(name, {}), **own}
-                yield _Job(task, name, seed, PolicyConfig.from_dict(merged, source=config.policy))
+                yield _Job(config, task, name, seed, PolicyConfig.from_dict(merged, source=config.policy))
 
 
-def _run_all(config: SuiteConfig, jobs: list[_Job]) -> dict[str, str]:
-    """Runs what is not finished; returns run → why it failed."""
-    waiting = [job for job in jobs if not job.finished(config)]
-    done = len(jobs) - len(waiting)
-    side_by_side = config.jobs or _default_jobs(config.device)
-    line = ProgressLine(f"suite {config.tasks}", len(jobs), done, enabled=config.progress)
-    line.update(done, f"{done} finished before")
-    running: dict[_Process, _Job] = {}
-    failed: dict[str, str] = {}
-    with _ending_in_order():
-        try:
-            while waiting or running:
-                while waiting and len(running) < side_by_side:
-                    job = waiting.pop(0)
-                    running[_Process(config, job, side_by_side)] = job
-                time.sleep(0.2)
-                for process, job in list(running.items()):
-                    if process.alive():
-                        continue
-                    del running[process]
-                    done += 1
-                    if process.failed() or not job.finished(config):
-                        failed[job.name] = process.reason()
-                        log.warning("%s failed: %s", job.name, failed[job.name])
-                    line.update(done, f"{job.name} {_told(job)}")
-        finally:
-            for process in running:
-                process.stop()
-            line.close(f"{done} of {len(jobs)} runs, {len(failed)} failed")
-    return failed
-
-
-@contextmanager
-def _ending_in_order() -> Iterator[None]:
-    """SIGTERM becomes an exception, so that the runs are told to save themselves."""
-
-    def end(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are for the main thread alone
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _end_with_parent(parent: int) -> None:
-    """A suite that is killed outright cannot stop its runs: they look whether it is still there, and save themselves."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-class _Process:
-    """One run: training, then evaluation, its output in the run's log.txt."""
-
-    def __init__(self, config: SuiteConfig, job: _Job, side_by_side: int) -> None:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        self._log = job.folder / "log.txt"
-        plan = {
-            "policy": job.config.to_dict(),
-            "episodes": config.episodes,
-            "eval_seed": config.eval_seed,
-            "videos": config.videos,
-            "device": config.device,
-            "parent": os.getpid(),
-        }
-        threads = max(1, (os.cpu_count() or 1) // side_by_side)
-        # a run beside others must not take all cores, neither for its arithmetic nor for its simulators
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "XDFAST_SUITE_JOB": json.dumps(plan)}
-        env["PYTHONSAFEPATH"] = "1"  # the working directory is none of the run's business
-        with open(self._log, "ab") as file:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", "from xdfast.pipeline.suite import _run_job; _run_job()"],
-                env=env,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-            )
-
-    def alive(self) -> bool:
-        return self._process.poll() is None
-
-    def failed(self) -> bool:
-        return self._process.returncode != 0
-
-    def reason(self) -> str:
-        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return f"{lines[-1] if lines else 'no output'} (exit status {self._process.returncode}; {self._log})"
-
-    def stop(self) -> None:
-        """Lets the run save itself, and waits."""
-        if self.alive():
-            self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-
-def _run_job() -> None:
-    """The body of a run's process."""
+def _run_job(plan: dict[str, Any]) -> None:
+    """A run's process."""
     from xdfast.pipeline.evaluate import evaluate
     from xdfast.pipeline.finetune import finetune
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    plan = json.loads(os.environ.pop("XDFAST_SUITE_JOB"))
-    _end_with_parent(plan.pop("parent"))
-    run = finetune(PolicyConfig.from_dict({**plan.pop("policy"), "progress": True}))
-    evaluate(run, **plan, progress=True)
-
-
-def _default_jobs(device: str) -> int:
-    import torch
-
-    if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.device_count()
-    return max(1, (os.cpu_count() or 1) // 2)
-
-
-def _told(job: _Job) -> str:
-    found = load_policy_evaluation(job.folder)
-    return f"{found.metrics['success']:.0%}" if found is not None else "failed"
+    run = finetune(PolicyConfig.from_dict({**plan["policy"], "progress": True}))
+    evaluate(run, **plan["evaluation"], progress=True)
 
 
 def _write_table(out: Path, results: dict[tuple[str, str], list[PolicyEvaluation]]) -> None:
