@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from xdfast.data import Augment, Batch, ImageLoader, open_source
 from xdfast.data.batches import PADDING, EpochPlan
 from xdfast.data.loader import choose_workers
 from xdfast.data.views import Views
+from xdfast.data.worker_death import is_death
 
 STRONG = {
     "rrc": Augment(auto_augment="rand-m9-mstd0.5-inc1"),
@@ -324,6 +329,57 @@ def test_a_killed_worker_is_named_where_its_batch_is_waited_for(source):
     assert number > 2 and f"samples {expected}: {source.path(expected)}. " in text
     assert str(error.value.__cause__).startswith("DataLoader worker (pid")
     assert len(read(loader)) == 23  # a new epoch starts new processes
+
+
+def test_what_a_dying_worker_breaks_is_taken_for_its_death():
+    """A connection breaks before its process counts as ended."""
+    processes = [multiprocessing.get_context("fork").Process(target=time.sleep, args=(s,)) for s in (0.2, 60)]
+    for process in processes:
+        process.start()
+    assert is_death(ConnectionResetError(), processes) and processes[0].exitcode == 0
+    assert not is_death(ConnectionResetError(), processes[1:])  # a user's data set may raise such things, too
+    processes[1].kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_for_everybody_do_not_end_workers(source, number):
+    loader = ImageLoader(source, 1, 8, True, workers=2)
+    batches = loader.epoch(0)
+    next(batches)
+    processes = list(loader._engine._loader._iterator._workers)
+    for process in processes:
+        os.kill(process.pid, number)
+    time.sleep(0.2)
+    assert len(list(batches)) == 22 and all(process.is_alive() for process in processes)
+    loader.close()
+    assert not any(process.is_alive() for process in processes)
+
+
+@pytest.mark.parametrize("sleep", [0, 60])
+def test_workers_end_with_their_parent_even_if_they_hang(tmp_path, make_folder, sleep):
+    run = f"""
+import sys, time
+from xdfast.data import DatasetSource, ImageLoader, open_source
+from xdfast.data.folder import FolderSource
+
+class Slow(FolderSource):
+    def load(self, i):
+        time.sleep({sleep} * (i > 3))
+        return super().load(i)
+
+loader = ImageLoader(Slow(sys.argv[1]), 2, 8, False, workers=2, decoder="pillow")
+batches = loader.epoch(0)
+next(batches)
+print(*(p.pid for p in loader._engine._loader._iterator._workers), flush=True)
+"""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", run, str(make_folder({"a": 20}))], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2 and time.monotonic() - began < 55
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids) or not Path("/proc").exists()
 
 
 def test_an_error_within_a_worker_is_not_taken_for_its_death(source):

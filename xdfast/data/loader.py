@@ -19,6 +19,7 @@ from xdfast.data.reader import Batch, BatchReader, make_batch
 from xdfast.data.sources import ImageSource
 from xdfast.data.views import Augment, Views
 from xdfast.data.worker_death import is_death, obituary, report_when_waiting
+from xdfast.data.worker_signals import end, leave_signals_to_parent, look_after
 
 __all__ = ["ImageLoader", "choose_workers"]
 
@@ -198,6 +199,7 @@ class _Worked:
             collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
+            worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # the DataLoader draws a number; not from the global generator
         )
 
@@ -207,14 +209,17 @@ class _Worked:
         try:
             iterator: Any = iter(self._loader)
             report_when_waiting(iterator)
+            look_after(getattr(iterator, "_workers", []))
             for batch in iterator:
                 self._sampler.under_way.popleft()
                 number += 1
                 yield batch
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:
             processes = getattr(self._loader._iterator, "_workers", [])
             waited = self._sampler.under_way[0].ids if self._sampler.under_way else np.empty(0, np.int64)
-            message = is_death(error) and obituary(processes, self._source, f"batch {number} of {of}", waited)
+            message = is_death(error, processes) and obituary(
+                processes, self._source, f"batch {number} of {of}", waited
+            )
             if not message:
                 raise
             self.close()  # ends the other workers; a new epoch starts new ones
@@ -225,6 +230,7 @@ class _Worked:
         self._loader._iterator = None
         if iterator is not None:  # explicitly: a half-read epoch still refers to it and would keep the processes alive
             iterator._shutdown_workers()
+            end(getattr(iterator, "_workers", []))
 
 
 class _Threaded:

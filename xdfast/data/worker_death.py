@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from xdfast.data.sources import ImageSource
 __all__ = ["is_death", "obituary", "report_when_waiting"]
 
 _NAMED = 3
+_DYING_SECONDS = 1.0
 _LIBRARY = "A library that reads images crashed: `xdfast data check DATA --full` finds the image."
 _CAUSES = {
     signal.SIGKILL: "The usual cause is memory (the kernel kills the largest process): lower workers or batch_size.",
@@ -33,9 +35,22 @@ def report_when_waiting(iterator: Any) -> None:
         iterator._worker_pids_set = False
 
 
-def is_death(error: RuntimeError) -> bool:
-    """True for what a DataLoader raises when a worker is gone, not for errors within workers."""
-    return str(error).startswith("DataLoader worker (pid")
+def is_death(error: Exception, processes: list[Any]) -> bool:
+    """True for what a DataLoader raises when a worker is gone, not for errors within workers.
+
+    Args:
+        error: a RuntimeError of torch's; or one of a connection, where what a worker had sent is gone with it before torch sees
+            that it is dead.
+        processes: of the DataLoader.
+    """
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    given_up = time.monotonic() + _DYING_SECONDS
+    while time.monotonic() < given_up:
+        if any(process.exitcode is not None for process in processes):
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def obituary(processes: list[Any], source: ImageSource, batch: str, ids: np.ndarray) -> str:
