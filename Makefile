@@ -18,6 +18,8 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.xdfast-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# "torch>=…" "torchvision>=…" as pyproject.toml has them
+TORCH := $(shell sed -n 's/^ *\("torch\(vision\)\{0,1\}>=[^"]*"\),.*/\1/p' pyproject.toml)
 INPUTS := pyproject.toml setup.py $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \))
 
 .PHONY: help install install-robot demo demo-robot test test-slow test-gpu bench bench-data bench-cache bench-robot bench-policy bench-routed bench-actdistill bench-gpu figures docs docs-serve lint format build clean
@@ -44,9 +46,10 @@ help:
 
 install: $(STAMP)
 
-# torch is installed once, by the first pip call; that build is isolated and so cannot see torch. The second call builds
-# the compiled extension against the torch just installed. A failing compiler does not fail the set-up (unless
-# XDFAST_BUILD_EXT=1); the last line says what came of it.
+# Before the first download .ci/space.py asks whether there is room, and says whether pip's cache would fit too. torch comes
+# first and by itself: pip keeps all that one call downloads until the end of it. The next build is isolated and so cannot
+# see torch; the last one builds the compiled extension against the torch just installed. A failing compiler does not fail
+# the set-up (unless XDFAST_BUILD_EXT=1); the last line says what came of it.
 $(STAMP): $(INPUTS)
 	@if [ ! -x "$(BIN)/python" ]; then \
 	  python="$(PYTHON)"; \
@@ -60,8 +63,11 @@ $(STAMP): $(INPUTS)
 	  "$$found" -m venv "$(VENV)" || { rm -rf "$(VENV)"; echo "$$found cannot make virtual environments; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }; \
 	fi
 	@"$(BIN)/python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(VENV) has $$($(BIN)/python --version); xdfast needs Python 3.10 or newer: remove the folder or name another with VENV=" >&2; exit 1; }
-	@echo "installing xdfast and what it needs into $(VENV) (torch is large: minutes the first time)"
-	@XDFAST_BUILD_EXT=0 $(PIP) install -e ".[dev]"
+	@options="$$("$(BIN)/python" .ci/space.py "$(VENV)")"; \
+	  echo "installing torch into $(VENV) (large: minutes the first time)"; \
+	  $(PIP) install $$options $(TORCH); \
+	  echo "installing xdfast and what else it needs"; \
+	  XDFAST_BUILD_EXT=0 $(PIP) install $$options -e ".[dev]"
 	@echo "building the compiled extension"
 	@$(PIP) install --no-build-isolation --no-deps -e .
 	@"$(BIN)/python" -c 'import json; i = json.load(open("xdfast/_build_info.json")); print("compiled extension: built for torch " + i["torch"] if i["built"] else "compiled extension: not built, xdfast runs without it (" + i["reason"] + "); `xdfast doctor` says how to build it")'
