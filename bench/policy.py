@@ -7,6 +7,7 @@ condition and the diffusion step anew for all of its blocks, and ``scheduler.ste
 from __future__ import annotations
 
 import statistics
+import sys
 from typing import Any
 
 import torch
@@ -52,7 +53,16 @@ def published_decision(policy: DiffusionPolicy, scheduler: Any, images: Tensor, 
 
 
 def measure(size: str, *, batch: int = 1, device: str = "cpu", budget: float = 30.0) -> dict[str, Any]:
-    """Milliseconds of a decision by candidate, ratios to the usual loop, and the parts of ours."""
+    """Milliseconds of a decision by candidate, ratios to the usual loop, and the parts of ours.
+
+    A decision of the field's size takes a second on two cores: then there are fewer rounds, so that all of it ends in about
+    three times ``budget``; what is done is told on stderr.
+    """
+
+    def tell(what: str) -> None:
+        print(f"{size}, batch {batch}: {what}", file=sys.stderr, flush=True)
+
+    tell("making the policy")
     policy = make_policy(size).to(device)
     images, state, noise = (None if x is None else x.to(device) for x in example(policy, batch))
     assert images is not None and state is not None and noise is not None
@@ -67,13 +77,19 @@ def measure(size: str, *, batch: int = 1, device: str = "cpu", budget: float = 3
         "usual loop": lambda: published_decision(policy, scheduler, images, state, noise).cpu()
     }
     for name, runner in runners.items():
+        tell(f"{name}: the same actions as the usual loop?")
         difference = (torch.from_numpy(runner.act(images, state, noise)) - theirs).abs().max()
         assert difference < 1e-3, f"{name} differs by {difference}"
         candidates[name] = lambda runner=runner: runner.act(images, state, noise)
-    times = interleave(candidates, budget=budget, rounds=(10, 200), device=device)
-    latency = measure_latency(policy, batch=batch, device=device)
+    tell(f"{', '.join(candidates)} in turns, about {budget:.0f} s")
+    times = interleave(candidates, budget=budget, rounds=(5, 200), device=device)
+    # each of its runs, and of the five that warm up, is a whole decision and its parts once more
+    runs = max(5, min(50, int(budget / (2 * statistics.median(times["ours"]))) - 5))
+    tell(f"the parts of a decision, {runs} times")
+    latency = measure_latency(policy, batch=batch, runs=runs, device=device)
     return {
         "batch": batch,
+        "rounds": len(times["ours"]),
         "parameters": sum(p.numel() for p in policy.parameters()),
         "median_ms": {name: 1e3 * statistics.median(samples) for name, samples in times.items()},
         "p95_ms": {name: 1e3 * statistics.quantiles(samples, n=20)[-1] for name, samples in times.items()},

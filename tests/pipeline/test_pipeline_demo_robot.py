@@ -6,10 +6,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sim_process import needs_renderer
 
-from xdfast.pipeline.demo_robot import DemoRobotConfig, _photographs, _verdict, demo_robot
+from xdfast.pipeline.demo_robot import _TEACHER, DemoRobotConfig, _fitted_note, _photographs, _verdict, demo_robot
+from xdfast.pipeline.demo_robot_plan import Costs, DemoPlan, fit, measure_costs, planned
 from xdfast.pipeline.evaluate_policy import PolicyEvaluation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ({"task": "adroit/door"}, "no scripted expert; the demo needs a MetaWorld task"),
         ({"size": 90}, "size must be a multiple of 16"),
         ({"steps": 0}, "steps must be > 0"),
+        ({"minutes": -1}, "minutes must be ≥ 0"),
         ({"episodez": 3}, "no setting 'episodez'. Did you mean 'episodes'"),
     ],
 )
@@ -53,13 +56,63 @@ def test_the_verdict_claims_nothing_that_the_intervals_do_not(scratch, distilled
     assert said in lines[-1] and f"{scratch} of 20 episodes solved" in lines[0]
 
 
+FAST, SLOW = Costs(0.05, 0.2, 0.25), Costs(0.4, 1.6, 0.9)
+
+
+def test_a_fast_machine_does_all_that_is_asked() -> None:
+    config = DemoRobotConfig()
+    plan = fit(config, FAST, batches=46, gone=30)
+    assert (plan.teacher_epochs, plan.distill_epochs, plan.steps) == (4, 4, 500)
+    # by hand: 30 gone, evaluations 2 (25 + 20), report 30, stage 1 1.25·46·4·0.25, policies 2·500·1.1·0.25
+    assert plan.seconds == pytest.approx(30 + 90 + 30 + 57.5 + 275)
+    assert _fitted_note(config, config) == []
+
+
+def test_a_slow_machine_does_less_and_ends_in_time() -> None:
+    config = DemoRobotConfig()
+    plan = fit(config, SLOW, batches=46, gone=60)
+    assert (plan.teacher_epochs, plan.distill_epochs) == (1, 1) and 50 <= plan.steps < 500 and plan.steps % 10 == 0
+    assert 60 * config.minutes - 25 < plan.seconds <= 60 * config.minutes  # ten more updates would be too many
+    more = fit(DemoRobotConfig(minutes=20.0), SLOW, batches=46, gone=60)
+    assert more.steps > plan.steps and more.distill_epochs >= plan.distill_epochs
+    several = fit(DemoRobotConfig(seeds=2), SLOW, batches=46, gone=60)
+    assert several.steps < plan.steps / 1.9
+    hopeless = fit(config, Costs(4.0, 16.0, 9.0), batches=46, gone=60)
+    assert hopeless.steps == 50 and hopeless.seconds > 60 * config.minutes  # it is done, and its time is told
+    (note,) = _fitted_note(config, DemoRobotConfig(teacher_epochs=1, steps=120))
+    assert (
+        note.startswith("To end within 11 minutes") and "120 instead of 500 updates" in note and "stage 1" not in note
+    )
+
+
+def test_a_plan_is_made_once_and_only_where_time_is_short(tmp_path) -> None:
+    asked = []
+
+    def measure() -> Costs:
+        asked.append(1)
+        return SLOW
+
+    cpu, config = torch.device("cpu"), DemoRobotConfig()
+    plan = planned(config, tmp_path, 46, 60.0, cpu, measure)
+    assert planned(config, tmp_path, 46, 300.0, cpu, measure) == plan and len(asked) == 1  # continued
+    assert planned(DemoRobotConfig(steps=60), tmp_path, 46, 60.0, cpu, measure).steps == 60 and len(asked) == 2
+    whole = DemoPlan(4, 4, 500, 0.0)
+    assert planned(config, tmp_path, 46, 60.0, torch.device("cuda"), measure) == whole
+    assert planned(DemoRobotConfig(minutes=0), tmp_path, 46, 60.0, cpu, measure) == whole and len(asked) == 2
+
+
+def test_updates_of_each_kind_are_timed() -> None:
+    costs = measure_costs(16, 14, _TEACHER, {"norm_layer": "groupnorm"}, torch.device("cpu"))
+    assert 0 < costs.teacher < 60 and 0 < costs.policy < 60 and 0 < costs.imitation < 60
+
+
 @needs_renderer
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_whole_demo(tmp_path) -> None:
     settings = {
         "out": str(tmp_path / "demo"), "size": 48, "other_tasks": 1, "other_episodes": 1, "demos": 2, "teacher_epochs": 1,
-        "distill_epochs": 1, "steps": 60, "episodes": 2, "progress": False, "device": "cpu",
+        "distill_epochs": 1, "steps": 60, "episodes": 2, "progress": False, "device": "cpu", "minutes": 0,
     }  # fmt: skip
     result = demo_robot(**settings)
     assert {name: len(runs) for name, runs in result.runs.items()} == {"from scratch": 1, "distilled": 1}

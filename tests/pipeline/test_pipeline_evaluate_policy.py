@@ -82,8 +82,9 @@ def test_another_policy_or_limit_is_another_evaluation(run, tmp_path, caplog) ->
 @needs_renderer
 def test_more_episodes_than_environments_another_task_and_none_at_all(run, tmp_path, caplog) -> None:
     seen = []
+    elsewhere = {"task": "door-open", "episodes": 1, "videos": 0, "out": str(tmp_path / "door")}
     with caplog.at_level("WARNING"):
-        xdfast.evaluate(run, task="door-open", episodes=1, videos=0, out=str(tmp_path / "door"), **SHORT)
+        xdfast.evaluate(run, other_task=True, **elsewhere, **SHORT)
     assert "learned metaworld/drawer-open-v3, it is evaluated on metaworld/door-open-v3" in caplog.text
     results = rollout(run.policy, "drawer-open", [3, 1, 2], envs=2, max_steps=10, on_episode=seen.append)
     assert [r.seed for r in results] == [3, 1, 2] and sorted(r.seed for r in seen) == [1, 2, 3]
@@ -97,6 +98,10 @@ def test_a_policy_of_another_task_is_refused_with_the_differences(run) -> None:
         match=r"does not fit adroit/door \(it was trained on metaworld/drawer-open-v3\): it has actions of 4",
     ):
         xdfast.evaluate(run, task="adroit/door", episodes=1)
+    with pytest.raises(
+        ValueError, match=r"learned metaworld/drawer-open-v3, not metaworld/door-open-v3.*other_task=True"
+    ):
+        xdfast.evaluate(run, task="door-open", episodes=1)
     check_task(run.policy, "door-open")  # the same robot
     with pytest.raises(ValueError, match="unknown task 'dor-open'"):
         check_task(run.policy, "dor-open")

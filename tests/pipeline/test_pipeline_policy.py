@@ -130,6 +130,10 @@ def test_every_rank_starts_with_the_same_policy(demos, tmp_path) -> None:
         ({"task": "metaworld/drawr-open"}, "unknown task .*Did you mean 'metaworld/drawer-open"),
         ({"task": "drawr-open", "demos": "3"}, "unknown task 'drawr-open'.*Did you mean 'drawer-open'"),
         ({"task": "metaworld/door-open-v3"}, "of metaworld/drawer-open-v3, not of metaworld/door-open-v3"),
+        (
+            {"task": "drawr-open"},
+            "unknown task 'drawr-open'; .* of metaworld/drawer-open-v3: task='metaworld/drawer-open-v3'",
+        ),
         ({"task": "adroit/door", "demos": "3"}, "expert"),
         ({"demos": "/nowhere"}, "no demonstrations at /nowhere"),
         ({"demo_limit": 9}, "3"),
@@ -170,9 +174,11 @@ def test_a_nan_that_gets_into_the_weights_stops_the_run(demos, tmp_path) -> None
         xdfast.finetune("test_resnet", demos=demos, out=str(tmp_path / "run"), **settings)
 
 
-def test_a_policy_of_a_real_robot_cannot_be_simulated(demos, tmp_path) -> None:
+def test_a_policy_of_a_real_robot_cannot_be_simulated(demos, tmp_path, caplog) -> None:
     config = xdfast.PolicyConfig(**{**SMALL, "model": "test_resnet", "demos": str(demos), "out": str(tmp_path / "run")})
-    run = finetune_policy(config)
+    with caplog.at_level("WARNING", logger="xdfast"):
+        run = finetune_policy(config)
+    assert "task 'my-robot' is none of those simulated here: nothing is evaluated." in caplog.text
     with pytest.raises(ValueError, match="unknown task 'my-robot'"):
         xdfast.evaluate(run)
     with pytest.raises(ValueError, match="no meaning for a policy"):

@@ -128,7 +128,7 @@ class RunConfig(_Config):
     clip_grad: float | None = None
     """Maximum gradient norm."""
     amp: Literal["none", "bf16", "fp16"] = "none"
-    """Mixed precision of what is trained."""
+    """Mixed precision of what is trained; float32 on a CPU without instructions for it."""
     ema: float | None = None
     """Decay of an exponential moving average of the weights (buffers included); it becomes the result."""
     channels_last: bool = False

@@ -7,6 +7,8 @@
 4. Stage 2: encoder and diffusion policy learn together from ten demonstrations: once from the distilled encoder, once from
    scratch, with the same architecture, steps and seeds.
 5. Both act in episodes they have not seen; the report has success rates with intervals, videos, saliency and latency.
+
+Where all that would take longer than ``minutes``, stage 1 has fewer epochs and both policies have fewer updates.
 """
 
 from __future__ import annotations
@@ -14,13 +16,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xdfast import distributed
 from xdfast.pipeline.config import _Config
+from xdfast.pipeline.demo_robot_plan import measure_costs, planned
 from xdfast.pipeline.distill import distill
 from xdfast.pipeline.evaluate import evaluate
 from xdfast.pipeline.finetune import finetune
@@ -44,6 +48,7 @@ _TEACHER = {
 }
 _STUDENT_OPTIONS = {"norm_layer": "groupnorm"}  # goes into a policy as it is; see METHODS, BatchNorm and EMA
 _STAGES = ("early", "middle", "late")
+_BATCH, _VAL_FRACTION = 64, 0.1  # of stage 1
 
 
 @dataclass(kw_only=True)
@@ -73,6 +78,9 @@ class DemoRobotConfig(_Config):
     """Passes over the frames in stage 1."""
     steps: int = 500
     """Updates of each policy."""
+    minutes: float = 11.0
+    """A CPU that cannot do all that in so many minutes makes fewer passes and fewer updates, as many for both encoders, and the
+    report says so; 0: everything, however long. With a teacher of yours, whose cost is not known, everything is done."""
     episodes: int = 20
     """Closed-loop episodes of each policy."""
     size: int = 96
@@ -86,7 +94,7 @@ class DemoRobotConfig(_Config):
         self._positive(
             "demos", "seeds", "teacher_epochs", "distill_epochs", "steps", "episodes", "size", "other_episodes"
         )
-        self._not_negative("other_tasks")
+        self._not_negative("other_tasks", "minutes")
         if self.size % 16:
             raise ValueError(f"size must be a multiple of 16 (7/8 of it is cut into patches of 14), got {self.size}")
         if not task_spec(self.task).has_expert:
@@ -132,6 +140,8 @@ def demo_robot(config: DemoRobotConfig | None = None, **settings: Any) -> DemoRo
     shown = _Stages(4 + 2 * config.seeds, config.progress)
     with shown("scripted experts"):
         frames = _frames(config, out)
+    asked = config
+    config = _fitted(config, out, frames, shown.elapsed)
     with shown("the teacher"):
         teacher = _teacher(config, out, frames)
     with shown("stage 1: the student imitates the teacher"):
@@ -147,7 +157,7 @@ def demo_robot(config: DemoRobotConfig | None = None, **settings: Any) -> DemoRo
                 results[name].append(found)
     with shown("the report"):
         verdict = _verdict(results)
-        notes = [_teacher_note(config, teacher), _budget_note(config, student), *verdict]
+        notes = [_teacher_note(config, teacher), _budget_note(config, student), *_fitted_note(asked, config), *verdict]
         page = report(
             [run for listed in runs.values() for run in listed],
             out=out / "report.html",
@@ -216,16 +226,49 @@ def _photographs(config: DemoRobotConfig) -> Iterator[Any]:
         yield picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
 
 
+def _fitted(config: DemoRobotConfig, out: Path, frames: Path, gone: float) -> DemoRobotConfig:
+    """The settings with as many epochs and updates as this machine makes in time; said if they are fewer."""
+    if config.teacher is not None:
+        return config
+    device = distributed.device_for_rank(config.device)
+    pictures = sum(1 for _ in frames.glob("*/*.png"))
+    batches = max(1, int(pictures * (1 - _VAL_FRACTION)) // _BATCH)
+    plan = planned(
+        config, out, batches, gone, device,
+        lambda: measure_costs(config.size, _size(config), _TEACHER, _STUDENT_OPTIONS, device),
+    )  # fmt: skip
+    fitted = replace(config, teacher_epochs=plan.teacher_epochs, distill_epochs=plan.distill_epochs, steps=plan.steps)
+    for note in _fitted_note(config, fitted):
+        log.warning("%s", note)
+    return fitted
+
+
+def _fitted_note(asked: DemoRobotConfig, fitted: DemoRobotConfig) -> list[str]:
+    """What was left out for want of time, in one sentence; nothing if nothing was."""
+    left_out = [
+        f"{now} instead of {before} {what}"
+        for before, now, what in (
+            (asked.teacher_epochs, fitted.teacher_epochs, "passes of the teacher"),
+            (asked.distill_epochs, fitted.distill_epochs, "passes of stage 1"),
+            (asked.steps, fitted.steps, "updates of each policy"),
+        )
+        if now < before
+    ]
+    if not left_out:
+        return []
+    return [f"To end within {asked.minutes:g} minutes on this machine: {', '.join(left_out)} (--minutes 0 makes all)."]
+
+
 def _shared(config: DemoRobotConfig, frames: Path) -> dict[str, Any]:
     return {
         "data": str(frames),
-        "val_fraction": 0.1,
+        "val_fraction": _VAL_FRACTION,
         "image_size": _size(config),
         "student_size": _size(config),
         "augment": "imagenet-feature",
         "optimizer": "adamw",
         "weight_decay": 0.05,
-        "batch_size": 64,
+        "batch_size": _BATCH,
         "label_smoothing": 0.0,
         "amp": "bf16",
         "channels_last": True,
@@ -330,10 +373,15 @@ class _Stages:
         self._clock = time.monotonic
         self._began = time.monotonic()
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the beginning."""
+        return self._clock() - self._began
+
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         self._number += 1
-        self.say(f"[{self._number}/{self._total}] {name} ({clock(self._clock() - self._began)} so far)")
+        self.say(f"[{self._number}/{self._total}] {name} ({clock(self.elapsed)} so far)")
         yield
 
     def say(self, text: str) -> None:

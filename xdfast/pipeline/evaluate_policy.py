@@ -92,7 +92,7 @@ def evaluate_policy(
     """Runs the episodes that are not in the folder yet and sums up; see :func:`xdfast.evaluate`.
 
     Raises:
-        ValueError: bad settings, or a policy that does not fit the task.
+        ValueError: bad settings, or a policy that does not fit the task, or learned another (``other_task`` allows that).
         FileNotFoundError: no policy.
         NoRendererError, WorkerError: of the simulator; finished episodes are kept.
         RuntimeError: under torchrun with several processes.
@@ -118,6 +118,11 @@ def evaluate_policy(
     task = task_spec(task).name
     check_task(policy, task)
     if policy.spec.task and task not in policy.spec.task.split(", "):
+        if not config.other_task:
+            raise ValueError(
+                f"the policy learned {policy.spec.task}, not {task}; to see how it does there all the same: other_task=True "
+                "(--other-task)"
+            )
         log.warning("the policy learned %s, it is evaluated on %s", policy.spec.task, task)
     out = Path(config.out).expanduser() if config.out else run.path if run is not None else None
     name = run.path.name if run is not None else "policy"

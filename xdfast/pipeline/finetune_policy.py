@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from xdfast.robot.pictures import crop
 from xdfast.robot.policy import DiffusionPolicy, PolicySpec
 from xdfast.robot.policy_files import save_policy
 from xdfast.robot.rollout import check_task, rollout
-from xdfast.robot.sim.names import task_spec
+from xdfast.robot.sim.names import nearest_tasks, task_names, task_spec
 from xdfast.robot.windows import WindowLoader, Windows
 
 __all__ = ["finetune_policy"]
@@ -116,10 +117,12 @@ def open_demonstrations(config: PolicyConfig, out: Path) -> Demonstrations:
     """
     if not config.demos.isdigit():
         demos = open_demos(config.demos, limit=config.demo_limit, cameras=config.cameras or None)
-        if demos.format == "xdfast" and demos.task and _is_simulated(config.task):
+        if _is_simulated(config.task):
             wanted = task_spec(config.task).name
-            if demos.task != wanted:
+            if demos.format == "xdfast" and demos.task and demos.task != wanted:
                 raise ValueError(f"{config.demos} holds demonstrations of {demos.task}, not of {wanted}")
+        else:
+            _check_own_name(config, demos)
         return demos
     if not _is_simulated(config.task):
         task_spec(config.task)  # an expert needs a simulator: this tells the nearest names
@@ -142,6 +145,22 @@ def open_demonstrations(config: PolicyConfig, out: Path) -> Demonstrations:
         )
     distributed.barrier()
     return open_demos(folder, limit=int(config.demos))
+
+
+def _check_own_name(config: PolicyConfig, demos: Demonstrations) -> None:
+    """A task by a name of one's own is not simulated, which is said.
+
+    Raises:
+        ValueError: the name is almost that of the simulated task of the demonstrations.
+    """
+    told = str(demos.task)
+    if told in task_names() and get_close_matches(
+        config.task, [told, task_spec(told).env, task_spec(told).env.removesuffix("-v3")]
+    ):
+        raise ValueError(f"unknown task {config.task!r}; {config.demos} holds demonstrations of {told}: task={told!r}")
+    log.warning(
+        "task %r is none of those simulated here: nothing is evaluated.%s", config.task, nearest_tasks(config.task)
+    )
 
 
 def expert_folder(out: Path, env: str, size: int, cameras: Sequence[str], seed: int) -> Path:

@@ -205,6 +205,8 @@ class EvaluatePolicyConfig(_Config):
     """A policy's run folder."""
     task: str | None = None
     """Task; default: the policy's own."""
+    other_task: bool = False
+    """Evaluate in a task the policy did not learn, which is an error otherwise."""
     episodes: int = 50
     eval_seed: int = EVAL_SEED
     """Seed of the first episode."""

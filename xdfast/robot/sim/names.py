@@ -10,7 +10,7 @@ from __future__ import annotations
 from xdfast.errors import nearest
 from xdfast.robot.sim.task import TaskSpec
 
-__all__ = ["SUITES", "suite", "task_names", "task_spec"]
+__all__ = ["SUITES", "nearest_tasks", "suite", "task_names", "task_spec"]
 
 #: Cameras of every MetaWorld scene; ``dp3`` is ``corner2`` moved closer, as 3D Diffusion Policy and later work have it.
 METAWORLD_CAMERAS = ("dp3", "corner", "corner2", "corner3", "corner4", "topview", "behindGripper", "gripperPOV")
@@ -167,11 +167,17 @@ def task_spec(name: str) -> TaskSpec:
         asked = str(name).strip().lower().replace("_", "-")
         if asked in SUITES:
             raise ValueError(f"{name!r} is a suite of {len(SUITES[asked])} tasks, not a task: xdfast.robot.sim.suite")
-        spellings = {n: n for n in _SPECS} | {n.partition("/")[2].removesuffix("-v3"): n for n in _SPECS}
-        near = nearest(asked.removesuffix("-v2").removesuffix("-v1"), spellings)
+        near = nearest_tasks(asked)
         old = " MetaWorld's tasks are here in version 3 (-v3)." if asked.endswith(("-v1", "-v2")) else ""
         raise ValueError(f"unknown task {name!r}.{near}{old} Tasks are in the suites {', '.join(SUITES)}")
     return _SPECS[canonical]
+
+
+def nearest_tasks(name: str) -> str:
+    """`` Did you mean 'drawer-open'?`` for a name that is almost a task's; an empty string for others."""
+    spellings = [*_SPECS, *(full.partition("/")[2].removesuffix("-v3") for full in _SPECS)]
+    asked = str(name).strip().lower().replace("_", "-")
+    return nearest(asked.removesuffix("-v2").removesuffix("-v1"), dict.fromkeys(spellings))
 
 
 def suite(name: str) -> list[str]:
