@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xdfast.losses.actdistill import ActDistillComponents, ActDistillLoss, stage1_loss
 from xdfast.losses.barlow_twins import BarlowTwinsLoss
-from xdfast.losses.base import DistillLoss, create_loss, list_losses, parse_losses, register_loss
+from xdfast.losses.base import DistillLoss, create_loss, list_losses, loss_options, parse_losses, register_loss
 from xdfast.losses.budget import BudgetLoss
 from xdfast.losses.crd import CRDLoss
 from xdfast.losses.dist import DISTLoss
@@ -35,6 +35,7 @@ __all__ = [
     "VICRegLoss",
     "create_loss",
     "list_losses",
+    "loss_options",
     "parse_losses",
     "register_loss",
     "stage1_loss",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 from xdfast.errors import nearest
 from xdfast.ops._checks import check_number
 
-__all__ = ["DistillLoss", "create_loss", "list_losses", "parse_losses", "register_loss"]
+__all__ = ["DistillLoss", "create_loss", "list_losses", "loss_options", "parse_losses", "register_loss"]
+
+#: Constructor arguments that are no setting of a run: the pipeline's own affair, or objects.
+_NO_SETTING = frozenset({"self", "weight", "on", "return_components", "group", "ddp_average", "samples", "labels"})
 
 
 class DistillLoss(nn.Module):
@@ -89,6 +93,21 @@ def create_loss(name: str, **options: Any) -> DistillLoss:
         raise ValueError(f"unknown loss {name!r}; known: {', '.join(list_losses())}.{nearest(name, _registry)}")
     cls, fixed = _registry[name]
     return cls(**{**fixed, **options})
+
+
+def loss_options(name: str) -> list[str]:
+    """What can be set of a loss in a run's ``loss_options``: its constructor arguments but for weight and objects.
+
+    Raises:
+        ValueError: unknown name (the nearest ones are offered).
+
+    Example:
+        >>> loss_options("dkd")
+        ['alpha', 'beta', 'temperature']
+    """
+    if name not in _registry:
+        raise ValueError(f"unknown loss {name!r}; known: {', '.join(list_losses())}.{nearest(name, _registry)}")
+    return [option for option in inspect.signature(_registry[name][0].__init__).parameters if option not in _NO_SETTING]
 
 
 def parse_losses(text: str) -> dict[str, float | None]:

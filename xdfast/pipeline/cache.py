@@ -13,6 +13,7 @@ from xdfast.pipeline.config import DistillConfig
 from xdfast.pipeline.journal import ProgressLine
 from xdfast.pipeline.loop import autocast
 from xdfast.pipeline.teacher import CachedTeacher, cache_root, stores
+from xdfast.pipeline.teachers import Teachers
 
 __all__ = ["build_cache", "find_stores", "remove_store", "verify_store"]
 
@@ -89,7 +90,7 @@ def build_cache(config: DistillConfig | None = None, **settings: Any) -> Teacher
         config, settings: as for :func:`xdfast.distill`; ``cache="none"`` stands for ``"auto"``, ``out`` is not needed.
 
     Returns:
-        The store, complete.
+        The store, complete; of several teachers, which fill one each, the first one's.
 
     Raises:
         ValueError: see :func:`xdfast.distill`.
@@ -106,15 +107,25 @@ def build_cache(config: DistillConfig | None = None, **settings: Any) -> Teacher
     objects = {key: settings.get(key) for key in ("teacher", "student", "data", "val_data")}
     parts = prepare(config, monitored=False, **objects)
     teacher = parts.task.teacher
-    assert isinstance(teacher, CachedTeacher)
-    with autocast(config, distributed.device_for_rank(config.device)):
-        done = teacher.fill()
-    log.info("%s: %d rows computed by this process, %s in all", teacher.store.folder, done, f"{teacher.store.count:,}")
-    return teacher.store
+    filled = []
+    for member in teacher.members if isinstance(teacher, Teachers) else (teacher,):
+        assert isinstance(member, CachedTeacher)
+        with autocast(config, distributed.device_for_rank(config.device)):
+            done = member.fill()
+        store = member.store
+        log.info("%s: %d rows computed by this process, %s in all", store.folder, done, f"{store.count:,}")
+        filled.append(store)
+    for other in filled[1:]:
+        other.close()
+    return filled[0]
 
 
 def _specs(settings: dict[str, Any]) -> dict[str, Any]:
     from xdfast.pipeline.train_run import as_spec
 
     models_and_data = ("teacher", "student", "data", "val_data")
-    return {k: as_spec(v) if k in models_and_data and v is not None else v for k, v in settings.items()}
+
+    def spec(value: Any) -> Any:
+        return [as_spec(x) for x in value] if isinstance(value, (list, tuple)) else as_spec(value)
+
+    return {k: spec(v) if k in models_and_data and v is not None else v for k, v in settings.items()}

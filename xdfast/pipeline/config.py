@@ -39,6 +39,7 @@ class _Config:
             ValueError: an unknown key, or a required one missing.
         """
         known = {f.name: f for f in dataclasses.fields(cls)}
+        values = cls.normalised(values)
         for key in values:
             if key not in known:
                 raise ValueError(f"{source}: {cls.__name__} has no setting {key!r}.{nearest(key, known)}")
@@ -50,6 +51,11 @@ class _Config:
             raise ValueError(f"{source}: {cls.__name__} needs {', '.join(missing)}")
         tuples = {n for n, f in known.items() if str(f.type).startswith("tuple")}
         return cls(**{k: tuple(v) if k in tuples and isinstance(v, list) else v for k, v in values.items()})
+
+    @classmethod
+    def normalised(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Values as the fields take them, where there is another way to write some."""
+        return values
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, tuples as lists, ready for YAML and JSON."""
@@ -236,28 +242,41 @@ class DistillConfig(TrainConfig):
     """A student learns from a frozen teacher."""
 
     teacher: str
-    """timm name, NAME@/path/to/weights, or a folder that distill or finetune wrote."""
+    """timm name, NAME@/path/to/weights, or a folder that distill or finetune wrote; several: --teacher A --teacher B (a list
+    in Python and YAML)."""
     student: str
     """timm name, NAME@/path/to/weights, or a folder that distill or finetune wrote."""
+    more_teachers: tuple[str, ...] = ()
+    """The second and further teachers, where `teacher` is one name."""
+    teacher_weights: tuple[float, ...] = ()
+    """Weight of each teacher, on top of those of the losses; default: equal ones that add up to 1."""
     loss: str = "rsd"
-    """rsd, rsd-logits, kd, mse, or several joined by +, each with a weight of its own if wanted: mse+rsd:0.001."""
+    """rsd, rsd-logits, kd, dkd, dist, ofa, mse, fitnet, rkd, crd, barlow-twins, or several joined by +, each with a weight of
+    its own if wanted: dkd+rsd:0.05 (docs/losses.md)."""
+    loss_options: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """Options of losses as LOSS.OPTION VALUE, such as dkd.beta 8; they win over kappa, statistics and temperature."""
     loss_weight: float | None = None
-    """λ before the distillation losses without one of their own; default: the method's (RSD 0.1, KD 1, MSE 1)."""
+    """λ before the distillation losses without one of their own; default: the method's (RSD 0.1, CRD 0.8, others 1)."""
     ce_weight: float = 1.0
     """Weight of the cross-entropy with the labels; 0 trains without labels."""
     kappa: float = 0.01
     """RSD: weight of the off-diagonal part; 0 is invariance only."""
+    statistics: Literal["local", "global"] = "local"
+    """RSD under torchrun: batch statistics of each process ("local", the paper's), or of the whole batch on all of them."""
     temperature: float = 4.0
     """KD: softening of the probabilities."""
     aad_expansion: float = 2.0
     """AAD: hidden width in units of the student's; 0 is a single linear map (the "without AAD" ablation)."""
     taps: dict[str, str] = field(default_factory=dict)
     """Student's module → teacher's module, such as layer3 → blocks.17: the feature losses compare the mean over places of
-    their outputs, too, each through a projector of its own."""
+    their outputs, too, each through a projector of its own, and fitnet their maps. With "logits" in the place of the teacher's
+    module it is a stage of ofa. Of several teachers: 1:blocks.17,2:layers.3."""
     tap_weight: float = 1.0
-    """Weight of the feature losses at taps, on top of their own."""
+    """Weight of the losses at taps, on top of their own."""
     teacher_size: int | None = None
-    """The teacher's input size; default: its own (DINOv2: 224)."""
+    """The teacher's input size; default: its own (DINOv2: 224). Of several teachers the first one's (or a list)."""
+    more_teacher_sizes: tuple[int, ...] = ()
+    """Input sizes of `more_teachers`, 0 for a model's own; default: their own."""
     teacher_pretrained: bool = True
     teacher_options: dict[str, Any] = field(default_factory=dict)
     teacher_precision: Literal["float32", "bf16", "fp16"] = "float32"
@@ -276,9 +295,9 @@ class DistillConfig(TrainConfig):
         super().validate()
         self._not_negative("loss_weight", "ce_weight", "kappa", "aad_expansion", "monitor", "tap_weight")
         self._positive("temperature", "teacher_size")
-        from xdfast.losses import parse_losses
-
-        parse_losses(self.loss)
+        self._one_of("statistics", ("local", "global"))
+        self._validate_losses()
+        self._validate_teachers()
         self._positive("cache_views")
         if self.cache_dtype not in ("float16", "float32"):
             raise ValueError(f"cache_dtype must be float16 or float32, got {self.cache_dtype!r}")
@@ -286,6 +305,64 @@ class DistillConfig(TrainConfig):
             raise ValueError("cache must be 'none', 'auto' or a folder, got an empty text")
         if self.teacher_precision not in ("float32", "bf16", "fp16"):
             raise ValueError(f"teacher_precision must be float32, bf16 or fp16, got {self.teacher_precision!r}")
+
+    def _validate_losses(self) -> None:
+        from xdfast.losses import create_loss, loss_options, parse_losses
+
+        names = parse_losses(self.loss)
+        for key in self.loss_options:
+            name, dot, option = key.partition(".")
+            if not dot or name not in names:
+                raise ValueError(
+                    f"loss_options: {key!r} must be LOSS.OPTION of a loss in use ({', '.join(names)}).{nearest(name, names)}"
+                )
+            known = loss_options(name)
+            if option not in known:
+                raise ValueError(
+                    f"loss_options: {name} has no option {option!r}; it has {', '.join(known)}.{nearest(option, known)}"
+                )
+        for name in names:
+            create_loss(name, **self.options_of(name), **({"samples": 2} if name == "crd" else {}))
+
+    def options_of(self, name: str) -> dict[str, Any]:
+        """Constructor arguments of a loss, but for its weight and what the data tell."""
+        options: dict[str, Any] = {}
+        if name.startswith("rsd"):
+            options = {"kappa": self.kappa, "statistics": self.statistics, "return_components": True}
+        elif name == "kd":
+            options = {"temperature": self.temperature}
+        return options | {
+            key.partition(".")[2]: value for key, value in self.loss_options.items() if key.partition(".")[0] == name
+        }
+
+    def _validate_teachers(self) -> None:
+        count = 1 + len(self.more_teachers)
+        if self.more_teacher_sizes and len(self.more_teacher_sizes) != count - 1:
+            raise ValueError(
+                f"more_teacher_sizes must name {count - 1} sizes, one each, got {self.more_teacher_sizes!r}"
+            )
+        if any(size < 0 for size in self.more_teacher_sizes):
+            raise ValueError(f"more_teacher_sizes must be ≥ 0 (0: the model's own), got {self.more_teacher_sizes!r}")
+        if self.teacher_weights and len(self.teacher_weights) != count:
+            raise ValueError(
+                f"teacher_weights must name {count} weights, one for each teacher, got {self.teacher_weights!r}"
+            )
+        if any(not 0 <= weight < float("inf") for weight in self.teacher_weights):
+            raise ValueError(f"teacher_weights must be finite and ≥ 0, got {self.teacher_weights!r}")
+
+    @classmethod
+    def normalised(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A list of teachers (and of their sizes) as the first one and the others."""
+        values = dict(values)
+        for key, more in (("teacher", "more_teachers"), ("teacher_size", "more_teacher_sizes")):
+            given = values.get(key)
+            if not isinstance(given, (list, tuple)):
+                continue
+            if not given or values.get(more):
+                raise ValueError(f"{key} must be one value or a list of some, without {more} beside it, got {given!r}")
+            values[key] = given[0]
+            values[more] = tuple(0 if x is None else x for x in given[1:])
+        return values
 
 
 @dataclass(kw_only=True)

@@ -158,8 +158,9 @@ def _holds_work(out: Path) -> bool:
 def _weights_of(config: RunConfig) -> dict[str, str]:
     """Setting → hash of the weights, for models that are local files; published weights never change."""
     found = {}
-    for key in ("teacher", "student", "model"):
-        spec = getattr(config, key, None)
+    specs = {key: getattr(config, key, None) for key in ("teacher", "student", "model")}
+    specs |= {f"teacher {number}": spec for number, spec in enumerate(getattr(config, "more_teachers", ()), 2)}
+    for key, spec in specs.items():
         if not isinstance(spec, str):
             continue
         folder = Path(str(model_source(spec)) if not spec.startswith("object:") else spec)

@@ -6,6 +6,7 @@ the teacher stays outside.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from torch.nn import functional as F
 from xdfast.data import Batch
 from xdfast.losses import DistillLoss
 from xdfast.models import pool_tap
+from xdfast.nn import ContrastHeads
 from xdfast.ops.rsd import RSDComponents
 from xdfast.pipeline.teacher import CachedTeacher, LiveTeacher
+from xdfast.pipeline.teachers import Teachers
+from xdfast.pipeline.terms import Term, terms_of
 
-__all__ = ["DistillTask", "SupervisedTask", "TrainingTask", "millions", "tap_key"]
+__all__ = ["DistillTask", "SupervisedTask", "TrainingTask", "millions"]
 
 
 class TrainingTask(nn.Module):
@@ -87,35 +91,31 @@ class SupervisedTask(TrainingTask):
 
 
 class DistillTask(TrainingTask):
-    """ce_weight · CE + Σ losses(student, teacher).
+    """ce_weight · CE + Σ weight · loss(projector(student), teacher) over terms.
 
-    Feature losses see ``projectors[name](student features)`` against the teacher's penultimate features; logit losses
-    the two logits. With taps, feature losses also see the mean over places of one module's output in each, through a
-    projector of their own. The teacher is no sub-module: not trained, not saved, not wrapped.
+    The teacher is no sub-module: not trained, not saved, not wrapped.
 
     Args:
         student, teacher: what learns, and what it is told.
         losses: by name.
-        projectors: of each feature loss, by its name and by ``tap_key(name, student tap)``.
+        projectors: of the terms that need one, by the term's key.
         ce_weight, label_smoothing: of the cross-entropy.
-        taps: student's module → teacher's module; both models have these taps.
-        tap_weight: of a feature loss at a tap, on top of its own weight.
+        terms: what is compared; default: the features or logits of each loss, see :func:`xdfast.pipeline.terms.terms_of`.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: LiveTeacher | CachedTeacher,
+        teacher: LiveTeacher | CachedTeacher | Teachers,
         losses: dict[str, DistillLoss],
         projectors: dict[str, nn.Module],
         *,
         ce_weight: float = 1.0,
         label_smoothing: float = 0.0,
-        taps: dict[str, str] | None = None,
-        tap_weight: float = 1.0,
+        terms: Sequence[Term] | None = None,
     ) -> None:
         super().__init__(student, label_smoothing)
-        self.taps, self.tap_weight = dict(taps or {}), tap_weight
+        self.terms = tuple(terms_of(losses, {}) if terms is None else terms)
         self.losses = nn.ModuleDict(losses)
         self.projectors = nn.ModuleDict(projectors)
         self.ce_weight = ce_weight
@@ -123,60 +123,76 @@ class DistillTask(TrainingTask):
         if not self.uses_logits:  # a head without a gradient would stall DistributedDataParallel
             for parameter in _classifier(student, missing_ok=True).parameters():
                 parameter.requires_grad_(False)
+        # Memory banks: equal on all ranks by their own exchange, and far too large to be broadcast in every step.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"losses.{name}" for name, buffer in self.losses.named_buffers() if buffer.numel() > 0
+        ]
 
     @property
     def uses_logits(self) -> bool:
         """Whether any term reads the student's logits."""
-        return self.ce_weight > 0 or any(loss.on == "logits" for loss in self.losses.values())
+        return self.ce_weight > 0 or any(loss.on == "logits" for loss in self._each_loss())
 
     def begin_epoch(self, epoch: int) -> None:
         self.teacher.begin_epoch(epoch)
 
     def teach(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
-        return {f"teacher_{kind}": value for kind, value in self.teacher.targets(images, batch).items()}
+        taught = {f"teacher_{kind}": value for kind, value in self.teacher.targets(images, batch).items()}
+        if any("ids" in loss.needs for loss in self._each_loss()):
+            taught["ids"] = batch.ids.to(images.device, non_blocking=True)
+        return taught
 
     def forward(
         self,
         images: Tensor,  # [B, 3, S, S]
         targets: Tensor | None,  # [B] or [B, C]; None: no rows here
-        teacher_features: Tensor | None = None,  # [B, D]
-        teacher_logits: Tensor | None = None,  # [B, C]
-        **teacher_taps: Tensor,  # "teacher_tap:MODULE" [B, D]
+        ids: Tensor | None = None,  # [B] positions in the training set
+        **taught: Tensor,  # "teacher_KIND" [B, …]
     ) -> dict[str, Tensor]:
         output = self.student(images)
-        inside = {tap: pool_tap(output.taps[tap], tap) for tap in self.taps}
         if targets is None:
-            sources = {tap_key(name, tap): value for name in self.losses for tap, value in inside.items()}
-            projected = [projector(sources.get(name, output.features)) for name, projector in self.projectors.items()]
+            projected = [self._compared(term, output, None)[0] for term in self.terms if term.key in self.projectors]
             return _nothing(*projected, *([output.logits] if self.uses_logits else []))
         total: Any = 0.0
-        terms: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         if self.ce_weight > 0:
             ce = self._cross_entropy(output.logits, targets)
-            terms["ce"] = ce.detach()
+            values["ce"] = ce.detach()
             total = total + self.ce_weight * ce
-        for name, loss in self.losses.items():
-            if loss.on == "features":
-                value = loss(self.projectors[name](output.features), teacher_features)
-            else:
-                value = loss(output.logits, teacher_logits)
+        needed = {"targets": targets, "ids": ids}
+        for term in self.terms:
+            loss: Any = self.losses[term.loss]
+            value = loss(
+                *self._compared(term, output, taught[f"teacher_{term.teacher}"]), *(needed[x] for x in loss.needs)
+            )
             if isinstance(value, RSDComponents):
-                terms[f"{name}_diagonal"] = value.mean_diagonal.detach()
+                if not term.tap:
+                    values[f"{term.key}_diagonal"] = value.mean_diagonal.detach()
                 value = value.loss
-            terms[name] = value.detach()
+            value = value * term.weight
+            values[term.key] = value.detach()
             total = total + value
-            for tap, theirs in self.taps.items() if loss.on == "features" else ():
-                key = tap_key(name, tap)
-                value = loss(self.projectors[key](inside[tap]), teacher_taps[f"teacher_tap:{theirs}"])
-                value = (value.loss if isinstance(value, RSDComponents) else value) * self.tap_weight
-                terms[key] = value.detach()
-                total = total + value
-        return {"loss": total, **terms}
+        return {"loss": total, **values}
 
+    def _compared(self, term: Term, output: Any, theirs: Tensor | None) -> tuple[Tensor, Any]:
+        """The student's and the teacher's side of a term, as its loss takes them; ``theirs`` is None without rows."""
+        if term.tap:
+            mine = pool_tap(output.taps[term.tap], term.tap) if term.student == "pooled" else output.taps[term.tap]
+        else:
+            mine = getattr(output, term.student)
+        if term.key not in self.projectors:
+            return mine, theirs
+        projector: Any = self.projectors[term.key]
+        if isinstance(projector, ContrastHeads):
+            if theirs is None:
+                both = projector(mine, mine.new_zeros(len(mine), projector.teacher_features))
+                return torch.cat(both, 1), None  # both heads take part
+            return projector(mine, theirs)
+        mine = projector(mine)
+        return (mine.flatten(1) if mine.ndim == 4 else mine), theirs
 
-def tap_key(loss: str, tap: str) -> str:
-    """Name of a loss's projector at a student's tap, ``"mse_at_layer3"``; a module's name may not hold dots."""
-    return f"{loss}_at_{tap.replace('.', '_')}"
+    def _each_loss(self) -> list[Any]:
+        return list(self.losses.values())
 
 
 def _nothing(*outputs: Tensor) -> dict[str, Tensor]:

@@ -20,7 +20,8 @@ from xdfast.data import Batch, ImageLoader, ImageSource
 from xdfast.data._rng import preserved_rng
 from xdfast.data.batches import BatchPlan
 from xdfast.data.store import CHANGED, HIT, TeacherStore
-from xdfast.models import FeatureModel, pool_tap, tap_widths
+from xdfast.models import FeatureModel, ModelOutput, pool_tap, tap_widths
+from xdfast.nn import to_grid
 from xdfast.pipeline.journal import ProgressLine
 
 __all__ = ["CachedTeacher", "LiveTeacher", "cache_root", "open_store", "stores"]
@@ -29,6 +30,7 @@ log = logging.getLogger("xdfast")
 
 _NAMED = 3
 _TAP = "tap:"
+_MAP = re.compile(r"map(\d+):(.+)")
 
 
 class LiveTeacher:
@@ -36,7 +38,8 @@ class LiveTeacher:
 
     Args:
         net: the frozen model.
-        kinds: of ``"features"``, ``"logits"`` and ``"tap:MODULE"``.
+        kinds: of ``"features"``, ``"logits"``, ``"tap:MODULE"`` (mean over places) and ``"mapG:MODULE"`` (mean in each of G × G
+            parts of the picture, ``[B, D · G · G]``).
     """
 
     def __init__(self, net: FeatureModel, kinds: tuple[str, ...]) -> None:
@@ -47,7 +50,7 @@ class LiveTeacher:
         """Called before the first batch of an epoch, on every rank."""
 
     def targets(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """``{"features": [B, D], "logits": [B, C], "tap:MODULE": [B, D]}`` in float32, those of ``kinds``, where the images are.
+        """``{"features": [B, D], "logits": [B, C], "tap:MODULE": [B, D], …}`` in float32, those of ``kinds``, where the images are.
 
         Args:
             images: float ``[B, 3, S, S]`` in [0, 1].
@@ -93,7 +96,7 @@ class CachedTeacher:
         self._load, self._loader, self._progress = load, loader, progress
         self._net = net
         self._changed: set[str] = set()
-        loader.watch = self._fetch_ahead
+        loader.watch = self.fetch_ahead
 
     def begin_epoch(self, epoch: int) -> None:
         """After K epochs computes the views that incomplete last batches left out; then lets the teacher go."""
@@ -146,7 +149,8 @@ class CachedTeacher:
         distributed.barrier()
         return len(ids)
 
-    def _fetch_ahead(self, plan: BatchPlan) -> None:
+    def fetch_ahead(self, plan: BatchPlan) -> None:
+        """Has the rows of a batch read while others are worked on."""
         # Rows lie all over the store: from a cold disk a batch takes 37 ms, asked for a batch ahead 1.4.
         self.store.prefetch(plan.ids, plan.views)
 
@@ -178,10 +182,16 @@ class CachedTeacher:
 def _outputs(net: FeatureModel, images: Tensor, kinds: tuple[str, ...]) -> dict[str, Tensor]:
     with torch.no_grad():
         output = net(images)
-    return {
-        kind: pool_tap(output.taps[kind[len(_TAP) :]], kind) if kind.startswith(_TAP) else getattr(output, kind).float()
-        for kind in kinds
-    }
+    return {kind: _of_kind(net, output, kind) for kind in kinds}
+
+
+def _of_kind(net: FeatureModel, output: ModelOutput, kind: str) -> Tensor:
+    if kind.startswith(_TAP):
+        return pool_tap(output.taps[kind[len(_TAP) :]], kind)
+    if found := _MAP.fullmatch(kind):
+        prefix = int(getattr(net.net, "num_prefix_tokens", 0) or 0)
+        return to_grid(output.taps[found[2]].float(), int(found[1]), prefix).flatten(1)
+    return getattr(output, kind).float()
 
 
 def cache_root() -> Path:
@@ -236,6 +246,7 @@ def open_store(
     }
     widths = {"features": teacher.num_features, "logits": teacher.num_classes}
     widths |= {f"{_TAP}{tap}": width for tap, width in (tap_widths(teacher) if teacher.taps else {}).items()}
+    widths |= {k: widths[_TAP + found[2]] * int(found[1]) ** 2 for k in kinds if (found := _MAP.fullmatch(k))}
     shape: dict[str, Any] = {"samples": len(source), "views": views, "outputs": {k: widths[k] for k in kinds}}
     folder = Path(cache).expanduser()
     if cache == "auto":

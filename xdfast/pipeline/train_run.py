@@ -34,13 +34,13 @@ def settings_of(cls: Any, config: Any, models: dict[str, Any], data: dict[str, A
     import dataclasses
 
     given = {k: v for k, v in {**models, **data}.items() if v is not None}
-    named = {k: as_spec(v) for k, v in given.items()}
+    named = {k: [as_spec(x) for x in v] if isinstance(v, (list, tuple)) else as_spec(v) for k, v in given.items()}
     if config is None:
         return cls.from_dict({**named, **settings}, source=f"{cls.__name__.removesuffix('Config').lower()}()")
     if not isinstance(config, cls):
         raise TypeError(f"expected a {cls.__name__} or keyword arguments, got {type(config).__name__}")
     cls.from_dict({**config.to_dict(), **settings})  # unknown names get the same error either way
-    return dataclasses.replace(config, **named, **settings)
+    return dataclasses.replace(config, **cls.normalised({**named, **settings}))
 
 
 def as_spec(value: Any) -> str:
