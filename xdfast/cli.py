@@ -18,6 +18,7 @@ _VERBS = {
     "finetune": "supervised training of one model; with --task (or --tasks), of a robot's policy from demonstrations",
     "evaluate": "top-1/5, k-NN, linear probe, CKA of a run or model; success rate of a robot's policy",
     "suite": "several encoders on many robot tasks, run side by side and continued, with one report",
+    "compare": "methods × pairs of teacher and student × seeds, with tables, intervals and costs",
     "report": "one HTML page and a JSON from finished runs",
     "export": "a student or policy as torch.export, ONNX and AOTInductor files, compared with PyTorch and timed",
     "push": "a trained model with its card to the Hugging Face hub, or to a folder",
@@ -81,7 +82,7 @@ def parse_config(cls: Any, args: list[str], verb: str, prog: str = "") -> Any:
 
     values: dict[str, Any] = {}
     rest: list[str] = []
-    it = iter(args)
+    it = iter(_repeated(args, {"--teacher": "--more-teachers", "--teacher-size": "--more-teacher-sizes"}))
     for arg in it:
         name, _, attached = arg.partition("=")
         if name == "--recipe":
@@ -93,6 +94,9 @@ def parse_config(cls: Any, args: list[str], verb: str, prog: str = "") -> Any:
             values.pop("about", None)
         else:
             rest.append(arg)
+    values = cls.normalised(values)
+    if any(arg == "--teacher" or arg.startswith("--teacher=") for arg in rest):
+        values.pop("more_teachers", None)  # other teachers than the recipe's, all of them
     fields = {f.name: f for f in dataclasses.fields(cls)}
     required = {
         n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
@@ -100,6 +104,22 @@ def parse_config(cls: Any, args: list[str], verb: str, prog: str = "") -> Any:
     default = cls.from_dict({**dict.fromkeys(required, tyro.MISSING), **values}, source="recipe")
     description = f"{_VERBS[verb]}. --recipe NAME|FILE.yaml sets defaults (`xdfast recipes` lists them)."
     return tyro.cli(cls, args=rest, default=default, prog=f"xdfast {prog or verb}", description=description)
+
+
+def _repeated(args: list[str], more: dict[str, str]) -> list[str]:
+    """Arguments in which the second and further values of a repeated option stand behind another one, its plural."""
+    kept: list[str] = []
+    others: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    it = iter(args)
+    for arg in it:
+        name, equals, attached = arg.partition("=")
+        if name in more and name in seen:
+            others.setdefault(more[name], []).append(attached if equals else next(it, ""))
+            continue
+        seen.add(name)
+        kept.append(arg)
+    return kept + [part for plural, values in others.items() for part in (plural, *values)]
 
 
 def _distill(args: list[str]) -> None:
@@ -159,6 +179,16 @@ def _suite(args: list[str]) -> int:
 
     result = run_suite(parse_config(SuiteConfig, args, "suite"))
     _finish(result)
+    return 1 if result.failed else 0
+
+
+def _compare(args: list[str]) -> int:
+    from xdfast.pipeline.compare import CompareConfig, compare
+
+    result = compare(parse_config(CompareConfig, args, "compare"))
+    _finish(result)
+    for pair, page in result.reports.items():
+        print(f"{pair}: {page.path}")
     return 1 if result.failed else 0
 
 
@@ -321,6 +351,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "finetune": _finetune,
     "evaluate": _evaluate,
     "suite": _suite,
+    "compare": _compare,
     "report": _report,
     "export": _export,
     "push": _push,
