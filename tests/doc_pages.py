@@ -51,8 +51,8 @@ def write_photos(folder: str, *, images: int = 10) -> None:
 
 
 def write_vit(folder: str = "models/vit") -> None:
-    """A ViT of 4 layers for pictures of 32 pixels, as xdfast and timm save models."""
-    options = {"patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4}
+    """A ViT of 6 layers for pictures of 32 pixels, as xdfast and timm save models."""
+    options = {"patch_size": 8, "embed_dim": 64, "depth": 6, "num_heads": 4}
     model = xdfast.create_model("vit_tiny_patch16_224", num_classes=3, image_size=32, pretrained=False, options=options)
     xdfast.models.save_student(model, folder, classes=["cat", "dog", "fox"])
 
@@ -241,7 +241,7 @@ def vla(slow: bool) -> tuple[dict[str, Any], StandIns]:
         with _size(vla_parts, 96):
             for number, task in enumerate(("drawer-open-v3", "button-press-topdown-v3")):
                 write_task(Path("demos") / task, f"metaworld/{task}", 0.5 - number, steps=20)
-    return {"vla": make_vla(layers=4)}, StandIns({"resnet18": "test_resnet"}, settings)
+    return {"vla": make_vla(layers=6)}, StandIns({"resnet18": "test_resnet"}, settings)
 
 
 class _size:

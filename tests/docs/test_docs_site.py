@@ -103,5 +103,5 @@ def test_the_site_builds_without_a_warning_and_without_a_network(tmp_path) -> No
     with (tmp_path / "site/objects.inv").open("rb") as file:
         documented = {name.rpartition(".")[2] for name in Inventory.parse_sphinx(file)}
     assert set(xdfast.__all__) - {"__version__"} <= documented
-    for room in ("losses", "nn", "ops", "models", "data", "robot", "reporting", "pipeline"):
+    for room in ("losses", "nn", "ops", "models", "data", "robot", "reporting", "pipeline", "deploy"):
         assert set(getattr(xdfast, room).__all__) <= documented, room
