@@ -15,9 +15,7 @@ pytest.importorskip("diffusers", reason="diffusers is not installed: pip install
 
 from sim_process import needs_renderer
 
-from xdfast.models import create_model
 from xdfast.robot import DiffusionPolicy, PolicySpec, build_encoder
-from xdfast.robot.gradcam import find_layer
 from xdfast.robot.saliency import film_strip, saliency_maps
 
 
@@ -99,26 +97,6 @@ def test_trained_parameters_get_no_gradients_either() -> None:
     policy = make_policy().train()
     saliency_maps(policy, episode(policy, 2))
     assert all(p.grad is None and p.requires_grad for p in policy.parameters())
-
-
-def test_layers() -> None:
-    resnet = create_model("resnet18", pretrained=False, image_size=84)
-    assert (find_layer(resnet).name, find_layer(resnet).side) == ("layer3", 6)  # layer4 has 3 x 3 cells
-    assert find_layer(resnet, least_side=1).name == "layer4"
-    assert find_layer(resnet, "layer4").side == 3
-    vit = find_layer(create_model("test_vit", pretrained=False, image_size=64))
-    assert (vit.layout, vit.side, vit.prefix) == ("tokens", 4, 1)
-    from timm.models.swin_transformer import SwinTransformer
-
-    net = SwinTransformer(
-        img_size=32, patch_size=2, embed_dim=16, depths=(1, 1), num_heads=(2, 2), window_size=4, num_classes=0
-    )
-    swin = find_layer(create_model(net, image_size=32))
-    assert (swin.layout, swin.side) == ("NHWC", 8)
-    with pytest.raises(ValueError, match="has no module 'layer9'"):
-        find_layer(resnet, "layer9")
-    with pytest.raises(ValueError, match="gives no map"):
-        find_layer(resnet, "global_pool")
 
 
 def test_each_camera_has_its_own_maps() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from xdfast.errors import nearest
-from xdfast.models import FeatureModel
+from xdfast.models.features import FeatureModel
 
 __all__ = ["SpatialLayer", "find_layer", "tapped"]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["knn_accuracy", "linear_cka", "linear_probe_accuracy"]
+__all__ = ["MinibatchCKA", "gram", "knn_accuracy", "linear_cka", "linear_probe_accuracy"]
 
 
 def knn_accuracy(
@@ -83,6 +85,91 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     if own == 0:
         raise ValueError("CKA is undefined for an embedding that is the same for every sample")
     return float(cross / own)
+
+
+def gram(x: Tensor) -> Tensor:
+    """``[n, n]`` inner products of the rows of ``[n, ...]``, flattened and centred, float32 on the CPU.
+
+    Centring changes nothing in :class:`MinibatchCKA`, whose estimator does not see it, but keeps the digits: a mean far from
+    zero would eat them.
+    """
+    x = x.detach().flatten(1).float()
+    x = x - x.mean(0)
+    return (x @ x.T).cpu()
+
+
+class MinibatchCKA:
+    r"""Linear CKA of every layer of one model with every layer of another, batch by batch, in bounded memory.
+
+    .. math::
+        \mathrm{CKA}_{ij} = \frac{\sum_b H(K^b_i, L^b_j)}{\sqrt{\sum_b H(K^b_i, K^b_i) \sum_b H(L^b_j, L^b_j)}}, \qquad
+        H(K, L) = \frac{1}{n (n - 3)} \Big( \mathrm{tr}(\tilde K \tilde L)
+        + \frac{1^T \tilde K 1 \; 1^T \tilde L 1}{(n - 1)(n - 2)} - \frac{2}{n - 2} 1^T \tilde K \tilde L 1 \Big)
+
+    with :math:`K = X X^T` of a batch of n samples and :math:`\tilde K` the same with a zero diagonal. H is the unbiased estimator
+    of HSIC: its mean does not hang on n, so small batches give what one large batch would, where the biased one of
+    :func:`linear_cka` grows towards 1 as n falls below the width of a layer. A value may be a little below 0, or above 1.
+
+    Computed as the inner product of U-centred matrices, which is the same: all pairs of layers in one matrix product.
+
+    Args:
+        rows, columns: how many layers the two models have.
+
+    Reference:
+        Nguyen, Raghu and Kornblith, "Do Wide and Deep Networks Learn the Same Things?", arXiv 2010.15327, eq. 2 and 3.
+        Song et al., "Feature Selection via Dependence Maximization", JMLR 13, 2012 (the estimator). Székely and Rizzo, "Partial
+        Distance Correlation with Methods for Dissimilarities", Ann. Statist. 42, 2014 (U-centring).
+    """
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self._cross = torch.zeros(rows, columns, dtype=torch.float64)
+        self._rows = torch.zeros(rows, dtype=torch.float64)
+        self._columns = torch.zeros(columns, dtype=torch.float64)
+        self.samples = 0
+
+    def update(self, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> None:
+        """Adds a batch: Gram matrices ``[n, n]`` of each layer of the two models on the same n samples, see :func:`gram`.
+
+        Raises:
+            ValueError: fewer than four samples, or matrices of other shapes or numbers.
+        """
+        shapes = {tuple(k.shape) for k in (*rows, *columns)}
+        if (len(rows), len(columns)) != tuple(self._cross.shape) or len(shapes) != 1:
+            raise ValueError(
+                f"expected {self._cross.shape[0]} and {self._cross.shape[1]} Gram matrices [n, n] of the same n samples, got "
+                f"{len(rows)} and {len(columns)} of shapes {sorted(shapes)}"
+            )
+        (shape,) = shapes
+        if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 4:
+            raise ValueError(f"the unbiased HSIC needs Gram matrices [n, n] of n ≥ 4 samples, got {list(shape)}")
+        n = shape[0]
+        own, other = (torch.stack([_u_centred(m) for m in side]).flatten(1) for side in (rows, columns))  # [layers, n²]
+        scale = 1 / (n * (n - 3))
+        self._cross += scale * (own @ other.T)
+        self._rows += scale * own.square().sum(1)
+        self._columns += scale * other.square().sum(1)
+        self.samples += n
+
+    def compute(self) -> Tensor:
+        """``[rows, columns]`` float64; NaN where a layer says the same of every sample.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if self.samples == 0:
+            raise ValueError("CKA of no batch: update() it first")
+        own = (self._rows[:, None] * self._columns).sqrt()
+        return torch.where(own > 0, self._cross / own, torch.nan)
+
+
+def _u_centred(matrix: Tensor) -> Tensor:
+    """Off the diagonal, K minus what its row and its column have in common; zero on it. float64."""
+    k = matrix.double().clone()
+    k.fill_diagonal_(0)
+    n = len(k)
+    rows = k.sum(1) / (n - 2)
+    k = k - rows[:, None] - rows + rows.sum() / (n - 1)
+    return k.fill_diagonal_(0)
 
 
 def _numpy(x: Tensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Videos and pictures inside a page: as much as fits, and a list of the rest."""
+"""Videos and pictures inside a page: as much as fits, a list of the rest, and pictures under a map of what matters in them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from xdfast.reporting.policy_tables import TaskGroups, runs_of
 
-__all__ = ["Clip", "Clips", "choose_clips", "data_uri"]
+__all__ = ["Clip", "Clips", "choose_clips", "data_uri", "overlay"]
 
 #: A page with more is slow to open; base64 adds a third.
 MOST_BYTES = 12 * 2**20
@@ -97,3 +99,13 @@ def choose_clips(tasks: Sequence[TaskGroups], most_bytes: int = MOST_BYTES, most
 def data_uri(file: Path, kind: str) -> str:
     """The file as ``data:KIND;base64,…``. Raises OSError: it cannot be read."""
     return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode('ascii')}"
+
+
+def overlay(frame: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """uint8 ``[S, S, 3]``: the frame greyed and darkened where nothing matters, in inferno colours where something does."""
+    import matplotlib
+
+    grey = frame.astype(np.float32).mean(2, keepdims=True) / 255
+    colour = matplotlib.colormaps["inferno"](0.25 + 0.75 * heat)[..., :3]
+    share = 0.7 * heat[..., None]
+    return (255 * ((1 - share) * 0.8 * grey + share * colour)).clip(0, 255).astype(np.uint8)

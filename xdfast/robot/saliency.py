@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from xdfast._optional import require
-from xdfast.robot.gradcam import find_layer, tapped
+from xdfast.models.saliency import eval_mode, grad_cam
+from xdfast.reporting.media import overlay
 from xdfast.robot.pictures import crop
 from xdfast.robot.policy import DiffusionPolicy
 
@@ -20,7 +19,6 @@ __all__ = ["film_strip", "saliency_maps"]
 
 #: Legible on a white page and on a dark one.
 _GREY = "#7d8590"
-_BATCH = 16
 
 
 def saliency_maps(
@@ -49,7 +47,7 @@ def saliency_maps(
         observations: what it saw at each decision, from :func:`xdfast.robot.rollout.film`: ``images`` uint8
             ``[K, T, H, W, 3]``.
         camera: whose pictures; default: the first.
-        layer: module of the encoder; default: see :func:`xdfast.robot.gradcam.find_layer`.
+        layer: module of the encoder; default: see :func:`xdfast.models.gradcam.find_layer`.
 
     Returns:
         float32 ``[n, S, S]`` in [0, 1] over the middle crop of S pixels that the policy sees; zeros where no place raises y.
@@ -61,31 +59,18 @@ def saliency_maps(
     References:
         Selvaraju et al., "Grad-CAM", ICCV 2017. X-Distill (arXiv 2601.11269), figure 5, shows such maps over an episode.
     """
-    captum = require("captum.attr", extra="analysis", purpose="saliency maps")
     number = _camera(policy, camera)
     frames = _frames(policy, observations, number)
     encoder: Any = policy.encoders[0 if policy.spec.share_encoder else number]
     head: Any = policy.heads[number]
     weight: Tensor = head.weight.detach()
-    device = weight.device
-    found = []
+    pixels = torch.from_numpy(frames).to(weight.device).permute(0, 3, 1, 2).float().div_(255)
 
-    def energy(pixels: Tensor) -> Tensor:
-        return (encoder(pixels).features.float() @ weight.T).square().sum(1)
+    def energy(part: Tensor) -> Tensor:
+        return (encoder(part).features.float() @ weight.T).square().sum(1)
 
-    with _eval_mode(policy):
-        place = find_layer(encoder, layer)
-        with tapped(encoder, place) as tap:
-            cam = captum.LayerGradCam(energy, tap)
-            for start in range(0, len(frames), _BATCH):
-                part = torch.from_numpy(frames[start : start + _BATCH]).to(device).permute(0, 3, 1, 2).float().div_(255)
-                # A frozen encoder has no other leaf that asks for a gradient.
-                maps = cam.attribute(part.requires_grad_(), relu_attributions=True)
-                maps = captum.LayerAttribution.interpolate(maps, (policy.spec.crop,) * 2, interpolate_mode="bilinear")
-                found.append(maps[:, 0].detach().float().cpu())
-    maps = torch.cat(found)
-    top = maps.amax((1, 2), keepdim=True)
-    return torch.where(top > 0, maps / top.clamp(min=torch.finfo(torch.float32).tiny), 0.0).numpy()
+    with eval_mode(policy):
+        return grad_cam(encoder, pixels, energy, layer=layer).numpy()
 
 
 def film_strip(
@@ -136,22 +121,12 @@ def film_strip(
     for column, (frame, heat, time) in enumerate(zip(frames, maps, times, strict=True)):
         axes[0, column].imshow(frame, interpolation="nearest")
         axes[0, column].set_title(time, fontsize=8, color=_GREY, pad=2)
-        axes[1, column].imshow(_overlay(frame, heat), interpolation="nearest")
+        axes[1, column].imshow(overlay(frame, heat), interpolation="nearest")
         for ax in axes[:, column]:
             ax.set_axis_off()
     stream = io.BytesIO()
     figure.savefig(stream, format="png", transparent=True, metadata={"Software": None})
     return stream.getvalue()
-
-
-def _overlay(frame: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """uint8 ``[S, S, 3]``: the frame greyed and darkened where nothing matters, in inferno colours where something does."""
-    import matplotlib
-
-    grey = frame.astype(np.float32).mean(2, keepdims=True) / 255
-    colour = matplotlib.colormaps["inferno"](0.25 + 0.75 * heat)[..., :3]
-    share = 0.7 * heat[..., None]
-    return (255 * ((1 - share) * 0.8 * grey + share * colour)).clip(0, 255).astype(np.uint8)
 
 
 def _camera(policy: DiffusionPolicy, camera: str | None) -> int:
@@ -178,15 +153,3 @@ def _frames(policy: DiffusionPolicy, observations: Sequence[Mapping[str, np.ndar
             raise ValueError(f"observation {i}: expected images uint8 {list(expected)}, got {told}")
     newest = torch.from_numpy(np.stack([observation["images"][camera, -1] for observation in observations]))
     return crop(newest[:, None], spec.crop, at_random=False)[:, 0].numpy()
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; then every sub-module is as it was (some may be in eval mode in a module that trains)."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
