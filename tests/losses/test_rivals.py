@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import math
 
 import pytest
@@ -391,3 +393,12 @@ def test_crds_inputs() -> None:
         criterion(g, g, torch.zeros(3))
     with pytest.raises(ValueError, match=r"embeddings must have shape \[B, 4\], got \[3, 5\]; pass dim=5"):
         criterion(torch.randn(3, 5), torch.randn(3, 5), torch.arange(3))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [*(f"losses.{name}" for name in (*ALL, "base")), "nn.spatial", "nn.ofa_projector", "nn.contrast_heads"],
+)
+def test_examples_in_docstrings_run(module) -> None:
+    failed, tried = doctest.testmod(importlib.import_module(f"xdfast.{module}"), optionflags=doctest.ELLIPSIS)
+    assert failed == 0 and tried > 0

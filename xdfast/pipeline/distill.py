@@ -224,8 +224,10 @@ def _looked_through(task: DistillTask) -> set[str]:
     return {
         term.key
         for term in task.terms
-        if term.student == "features" and term.teacher == "features" and isinstance(task.projectors[term.key], AAD)
-    } if task.projectors else set()  # fmt: skip
+        if (term.student, term.teacher) == ("features", "features")
+        and term.key in task.projectors
+        and isinstance(task.projectors[term.key], AAD)
+    }
 
 
 def build_task(
