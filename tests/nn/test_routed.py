@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 from timm.layers import LayerScale
 from timm.models.vision_transformer import Block
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xdfast.losses import BudgetLoss
 from xdfast.nn import GateFunction, LayerRouter
@@ -67,7 +71,15 @@ def test_without_gates_it_is_the_dense_stack() -> None:
     assert torch.equal(run(stack, "dense_mask", x), expected)
     for executor in ("cpu", "planned"):
         close(run(stack, executor, x), expected)
-        close(run(stack, executor, x, torch.ones(B, L)), expected)
+        assert torch.equal(run(stack, executor, x, torch.ones(B, L)), run(stack, executor, x))
+
+
+@pytest.mark.parametrize("executor", ["dense_mask", "cpu", "planned"])
+def test_multiplied_by_one_is_not_multiplied_bit_for_bit(executor) -> None:
+    stack, x, gates = stack_of(blocks()), torch.randn(B, T, D), hard_gates(B)
+    expected = run(stack, executor, x, gates)
+    stack.gate = GateFunction("soft")  # multiplies by the gate, where decided ones are listed and no more
+    assert torch.equal(run(stack, executor, x, gates), expected)
 
 
 @pytest.mark.parametrize("executor", ["cpu", "planned"])
@@ -88,6 +100,15 @@ def test_executors_agree_with_multiplied_masks(executor, unit, units, keys, bran
     assert not torch.equal(expected, x)
 
 
+@pytest.mark.parametrize("executor", ["cpu", "planned"])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 1), (1, 197), (2, 197)])
+def test_one_sample_one_token_and_a_whole_image(executor, batch, tokens) -> None:
+    stack, x = stack_of(blocks()), torch.randn(batch, tokens, D)
+    gates = torch.ones(batch, L)
+    gates[0, 1:3] = 0
+    close(run(stack, executor, x, gates), run(stack, "dense_mask", x, gates))
+
+
 @pytest.mark.parametrize("executor", ["dense_mask", "cpu", "planned"])
 def test_what_is_off_is_untouched_bit_for_bit(executor) -> None:
     stack, x = stack_of(blocks()), torch.randn(B, T, D)
@@ -106,7 +127,7 @@ def test_what_is_off_is_untouched_bit_for_bit(executor) -> None:
 def test_samples_may_change_places_and_company(executor) -> None:
     stack, x, gates = stack_of(blocks()), torch.randn(B, T, D), hard_gates(B)
     out, order = run(stack, executor, x, gates), torch.randperm(B)
-    close(run(stack, executor, x[order], gates[order]), out[order])
+    assert torch.equal(run(stack, executor, x[order], gates[order]), out[order])
     for b in range(B):
         torch.testing.assert_close(
             run(stack, executor, x[b : b + 1], gates[b : b + 1])[0], out[b], rtol=1e-5, atol=1e-5
@@ -142,7 +163,11 @@ def test_training_and_inference_are_one_function() -> None:
     stack.eval()
     with torch.no_grad():
         close(stack(x), trained)
-    assert stack.decision.executor == "cpu" and torch.equal(stack.decision.gates, gates)
+        assert stack.decision.executor == "cpu" and torch.equal(stack.decision.gates, gates)
+        assert torch.equal(run(stack, "dense_mask", x), trained)  # to the bit by the same executor
+        listed = run(stack, "planned", x)
+    stack.executor, stack.sparse_train, stack.explore = "auto", True, 0.0
+    assert torch.equal(stack.train()(x), listed) and stack.decision.executor == "planned"
     BudgetLoss(0.5, always_on=(0, -1))(gates, probabilities).backward()
     assert router.head.weight.grad.abs().sum() > 0
 
@@ -176,6 +201,81 @@ def test_exploration_runs_what_is_off_without_changing_anything() -> None:
     torch.testing.assert_close(explored, torch.autograd.grad(dense.square().sum(), gates)[0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("scope", ["one", "layer", "branch"])
+@pytest.mark.parametrize("unit", ["sample", "token"])
+def test_soft_gates_run_above_the_threshold_of_their_own_decision(scope, unit) -> None:
+    shape = {"one": (), "layer": (L, 1), "branch": (L, 2)}[scope]
+    threshold = torch.rand(shape) * 0.6 + 0.2
+    stack = stack_of(blocks(), unit=unit, keys="active", gate=GateFunction("soft", threshold=threshold), always_on=(0,))
+    units = B if unit == "sample" else B * T
+    x, gates = torch.randn(B, T, D), torch.rand(units, L, 2)
+    on = gates > threshold
+    on[:, 0] = True
+    reference = stack_of(list(stack.children())[:L], unit=unit, keys="active", gate=GateFunction("soft"))
+    kept = torch.where(on, gates, 0.0)
+    kept[:, 0] = 1
+    for executor in ("cpu", "planned"):
+        out = run(stack, executor, x, gates)
+        assert torch.equal(stack.active(stack.decision.gates), on)
+        assert torch.equal(stack.decision.plan.count, on.sum(0).int())
+        expected = _by_hand(reference, x, kept, on)
+        close(out, expected)
+        listed = stack.flops(T)
+        assert listed.nominal == listed.executed  # asked for by the gates, executed by the lists
+
+
+def _by_hand(stack: RoutedStack, x: torch.Tensor, gates: torch.Tensor, on: torch.Tensor) -> torch.Tensor:
+    """x + g · f(norm(x)) with the keys of what is on."""
+    with torch.no_grad():
+        for layer in range(L):
+            for s, branch in enumerate(stack.branches_of(layer)):
+                g = gates[:, layer, s].view(B, -1, 1)
+                seen = on[:, layer, s].view(B, -1)
+                x = x + g * branch.dense(x, seen=seen if seen.shape[1] > 1 else None)
+    return x
+
+
+def test_exploration_of_soft_gates_has_no_weight_and_a_gradient() -> None:
+    stack = stack_of(blocks(), gate=GateFunction("soft", threshold=0.5), sparse_train=True, explore=1.0).train()
+    x, gates = torch.randn(B, T, D), torch.rand(B, L, 1).requires_grad_()
+    out = stack(x, gates)
+    assert stack.decision.plan.host_counts == ((B,),) * L
+    stack.explore = 0.0
+    torch.testing.assert_close(out, stack(x, gates))
+    (gradient,) = torch.autograd.grad(out.square().sum(), gates)
+    assert (gradient != 0).all()
+
+
+def test_no_decision_is_made_on_the_host() -> None:
+    """Nothing is copied between host and device on the way to a plan: by shapes alone, as if on a GPU."""
+    for gate in (GateFunction(), GateFunction("soft", threshold=[0.3, 0.4, 0.5, 0.6])):
+        stack = stack_of(blocks(), gate=gate, always_on=(0, -1))
+        with FakeTensorMode(), Devices() as seen:
+            stack.router = LayerRouter(D, L, hidden=8).to("cuda")
+            gate.tau, gate.threshold = (torch.empty(t.shape, device="cuda") for t in (gate.tau, gate.threshold))
+            x = torch.empty(B, T, D, device="cuda")
+            seen.crossed.clear()
+            with torch.no_grad():
+                gates = stack._forced_on(stack._checked(stack.route(x)[0], x))
+                plan = stack.plan(x, gates, host=False)
+        assert plan.index.device.type == "cuda" and plan.index.shape == (L, 1, B) and seen.crossed == []
+
+
+class Devices(TorchDispatchMode):
+    """Notes what moves between devices or asks for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.crossed: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        tensors = [t for t in pytree.tree_leaves((args, kwargs, found)) if isinstance(t, torch.Tensor)]
+        if len({t.device.type for t in tensors if t.dim()}) > 1 or func is torch.ops.aten._local_scalar_dense.default:
+            self.crossed.append(str(func))
+        return found
+
+
 def test_changed_weights_are_seen_and_names_are_those_of_the_layers() -> None:
     made, x = blocks(), torch.randn(B, T, D)
     stack = stack_of(made)
@@ -192,6 +292,59 @@ def test_changed_weights_are_seen_and_names_are_those_of_the_layers() -> None:
     run(fresh, "cpu", x)
     fresh.load_state_dict(state, strict=False, assign=True)
     close(run(fresh, "cpu", x), after)
+
+
+def _step(optimizer: type[torch.optim.Optimizer], **options) -> Callable[[RoutedStack, torch.Tensor], None]:
+    def change(stack: RoutedStack, x: torch.Tensor) -> None:
+        stack.executor = "auto"
+        stack(x).square().mean().backward()
+        optimizer(stack.parameters(), lr=0.05, **options).step()
+
+    return change
+
+
+def _data(stack: RoutedStack, x: torch.Tensor) -> None:
+    for parameter in stack.parameters():
+        parameter.data.mul_(1.1)
+
+
+def _rounded(stack: RoutedStack, x: torch.Tensor) -> None:
+    stack.to(torch.bfloat16).to(torch.float32)
+
+
+def _assigned(stack: RoutedStack, x: torch.Tensor) -> None:
+    stack.load_state_dict({name: t.clone() * 1.1 for name, t in stack.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _step(torch.optim.SGD, fused=True),  # raises no version of what it writes
+        _step(torch.optim.AdamW, fused=True),
+        _step(torch.optim.AdamW, foreach=True),
+        _step(torch.optim.Adam),
+        _data,
+        _rounded,
+        _assigned,
+    ],
+    ids=["fused SGD", "fused AdamW", "foreach AdamW", "Adam", ".data", "to", "assign"],
+)
+def test_however_weights_are_changed_it_is_seen(change) -> None:
+    stack, x = stack_of(blocks()), torch.randn(B, T, D)
+    before = run(stack, "cpu", x)
+    change(stack, x)
+    after = run(stack, "cpu", x)
+    assert not torch.equal(after, before)
+    close(after, run(stack, "dense_mask", x))
+
+
+def test_refold_prepares_anew() -> None:
+    stack, x = stack_of(blocks()), torch.randn(B, T, D)
+    out = run(stack, "cpu", x)
+    packs = [branch._packs for layer in range(L) for branch in stack.branches_of(layer)]
+    assert all(p._made for p in packs)
+    stack.refold()
+    assert not any(p._made or p._folded for p in packs) and torch.equal(run(stack, "cpu", x), out)
 
 
 def test_copies_are_independent() -> None:

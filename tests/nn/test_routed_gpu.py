@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from xdfast.nn import GateFunction, LayerRouter
+
 sys.path.append(str(Path(__file__).parent))
 from test_routed import B, D, L, T, blocks, hard_gates, stack_of
 
 pytestmark = pytest.mark.gpu
+
+CUDA = torch.profiler.ProfilerActivity.CUDA
 
 
 def on_gpu(dtype: torch.dtype = torch.bfloat16, **options):
@@ -22,7 +27,7 @@ def error(mine: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((mine.double() - theirs.double()).norm() / theirs.double().norm())
 
 
-def run(stack, executor: str, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+def run(stack, executor: str, x: torch.Tensor, gates: torch.Tensor | None) -> torch.Tensor:
     stack.executor = executor
     with torch.no_grad():
         return stack(x, gates)
@@ -43,16 +48,65 @@ def test_executors_agree_with_multiplied_masks(executor, unit, units, dtype) -> 
     assert torch.equal(run(stack, executor, x, torch.zeros_like(gates)), x)
 
 
-def test_the_list_executor_never_waits_and_planned_waits_once() -> None:
+ROUTED = [
+    {},
+    {"always_on": (0, -1)},
+    {"gate": GateFunction("soft", threshold=0.3)},
+    {"gate": GateFunction("soft", threshold=[0.3, 0.4, 0.5, 0.6]), "always_on": (0,)},
+]
+
+
+@pytest.mark.parametrize("options", ROUTED, ids=["plain", "always on", "soft", "soft by layer"])
+@pytest.mark.parametrize("routed", [False, True], ids=["given", "router"])
+def test_the_list_executor_never_waits_and_planned_waits_once(options, routed) -> None:
+    stack, x = on_gpu(router=LayerRouter(D, L, hidden=8) if routed else None, **copy.deepcopy(options))
+    gates = None if routed else hard_gates(B).cuda()
+    for executor, waits in (("list", 0), ("planned", 1)):
+        for _ in range(2):
+            run(stack, executor, x, gates)
+        torch.cuda.set_sync_debug_mode("error")  # of whatever waits by the way: copies, values, nonzero
+        try:
+            run(stack, executor, x, gates)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, CUDA]) as profile:
+            run(stack, executor, x, gates)
+        names = [event.name for event in profile.events()]
+        assert names.count("cudaEventSynchronize") == waits and "cudaStreamSynchronize" not in names
+
+
+def test_weights_changed_before_a_capture_are_told() -> None:
     stack, x = on_gpu()
     gates = hard_gates(B).cuda()
-    for _ in range(2):
+    run(stack, "list", x, gates)
+    with torch.no_grad():
+        stack.get_parameter("1.mlp.fc1.weight").mul_(2)
+    with (
+        pytest.raises(RuntimeError, match="weights changed after they were folded"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
         run(stack, "list", x, gates)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run(stack, "list", x, gates)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    expected = run(stack, "dense_mask", x, gates)
+    assert error(run(stack, "list", x, gates), expected) < 3e-2
+    for parameter in stack.parameters():
+        parameter.data.mul_(1.5)  # which nobody can see without waiting
+    stack.refold()
+    assert error(run(stack, "list", x, gates), run(stack, "dense_mask", x, gates)) < 3e-2
+
+
+def test_the_list_executor_multiplies_by_one_bit_for_bit() -> None:
+    stack, x = on_gpu(torch.float32)
+    gates, order = hard_gates(B).cuda(), torch.randperm(B, device="cuda")
+    out = run(stack, "list", x, gates)
+    assert torch.equal(run(stack, "list", x[order], gates[order]), out[order])
+    everybody = torch.ones_like(gates)
+    everybody[1:, 1] = gates[1:, 1]
+    kept = gates.clone()
+    kept[0] = 1
+    assert torch.equal(run(stack, "list", x, everybody)[0], run(stack, "list", x, kept)[0])  # whoever else is listed
+    stack.gate = GateFunction("soft").cuda()
+    assert torch.equal(run(stack, "list", x, gates), out)
 
 
 def test_a_captured_pass_follows_the_gates() -> None:

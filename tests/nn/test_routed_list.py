@@ -18,6 +18,7 @@ import torch
 from dataclasses import replace
 from torch import nn
 from test_routed import B, D, L, T, blocks, hard_gates, run, stack_of
+from xdfast.nn import GateFunction
 from xdfast.nn.branches import AttentionBranch, MLPBranch, ModuleBranch
 from xdfast.nn.routed import RoutedStack
 
@@ -45,6 +46,17 @@ gates[1] = 1
 out = carried(stack, gates)
 assert torch.equal(out[[0, 2, 3, 4]], x[[0, 2, 3, 4]]) and not torch.equal(out[1], x[1])
 
+gates, order = hard_gates(B)[:, :3], torch.randperm(B)
+out = carried(stack, gates)
+stack.gate = GateFunction("soft")  # multiplied by 1: the same bits as listed alone
+assert torch.equal(carried(stack, gates), out)
+stack.gate = GateFunction()
+x = x[order]
+assert torch.equal(carried(stack, gates[order]), out[order])  # samples in another order, the same bits
+with torch.no_grad():
+    stack.get_parameter("1.norm2.weight").mul_(2)  # folded into the weights behind it
+torch.testing.assert_close(carried(stack, gates), run(stack, "dense_mask", x, gates), rtol=1e-3, atol=1e-3)
+
 wide = (nn.Linear(D, 2 * D), nn.Linear(D, 2 * D), nn.Linear(2 * D, D))
 made = nn.ModuleList([nn.LayerNorm(D), nn.Linear(D, D), nn.RMSNorm(D), *wide])
 rows = (ModuleBranch(made[0], made[1], rowwise=True), MLPBranch(made[2], (made[3], made[4]), "swiglu", made[5]))
@@ -58,6 +70,6 @@ print("agree")
 def test_the_list_executor_agrees_with_multiplied_masks(tmp_path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-c", _SCRIPT, str(Path(__file__).parent)]
-    process = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=220)
+    process = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert process.returncode == 0, process.stderr[-3000:]
     assert process.stdout.strip() == "agree"

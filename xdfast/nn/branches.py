@@ -54,6 +54,9 @@ class Branch(Protocol):
     def macs(self, rows: int, tokens: int) -> int:
         """Multiply-accumulates of the products for ``rows`` rows of samples with ``tokens`` tokens."""
 
+    def refold(self) -> None:
+        """Forgets what was prepared from weights."""
+
 
 class Norm:
     """What the ops need of a normalisation module: LayerNorm, RMSNorm (torch's, timm's, Hugging Face's), or none."""
@@ -189,6 +192,11 @@ class _Packs:
             self._folded["outer"] = Folded(lambda: _scaled(linear, scale), lambda: _sources([linear], scale))
         return self._folded["outer"]()
 
+    def clear(self) -> None:
+        """Forgets all of them."""
+        self._made.clear()
+        self._folded.clear()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _Packs:
         return _Packs()
 
@@ -253,6 +261,9 @@ class MLPBranch:
 
     def macs(self, rows: int, tokens: int) -> int:
         return rows * sum(x.in_features * x.out_features for x in (*self.inner, self.outer))
+
+    def refold(self) -> None:
+        self._packs.clear()
 
 
 class AttentionBranch:
@@ -357,6 +368,9 @@ class AttentionBranch:
         linear = sum(x.in_features * x.out_features for x in (*self.qkv, self.proj))
         return rows * (linear + 2 * tokens * self.heads * self.width)
 
+    def refold(self) -> None:
+        self._packs.clear()
+
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, route: RouteList, offsets_k: Tensor | None, tokens: int
     ) -> Tensor:
@@ -435,6 +449,9 @@ class ModuleBranch:
 
     def macs(self, rows: int, tokens: int) -> int:
         return 0 if self._macs is None else rows * self._macs(tokens)
+
+    def refold(self) -> None:
+        """Nothing is prepared: the module itself is called."""
 
     def _call(self, y: Tensor, route: RouteList, tokens: int, context: dict[str, Any]) -> Tensor:
         if not self.rowwise:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from xdfast.nn.branches import Branch, MLPBranch, ModuleBranch
 from xdfast.nn.convert_timm import Chained, Described, Macs, activation_name
-from xdfast.nn.steps import RoutedBlocks
+from xdfast.nn.steps import CACHES, RoutedBlocks
 from xdfast.ops.route import RouteList
 
 __all__ = ["CacheRoute", "RoutedDecoder", "check_version", "decoder_branches", "first_of_each_kind"]
@@ -25,8 +25,8 @@ __all__ = ["CacheRoute", "RoutedDecoder", "check_version", "decoder_branches", "
 #: Arguments of a decoder layer with one row per sequence (or one for all), and those that pass as they are.
 _PER_SEQUENCE = ("attention_mask", "position_ids", "position_embeddings")
 _AS_THEY_ARE = (
-    "past_key_values", "past_key_value", "use_cache", "cache_position", "output_attentions", "output_hidden_states",
-    "return_dict", "num_items_in_batch",
+    *CACHES, "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict",
+    "num_items_in_batch",
 )  # fmt: skip
 
 
@@ -150,7 +150,7 @@ class RoutedDecoder(RoutedBlocks):
     def begin(
         self, x: Tensor, gates: Tensor | None, mask: Tensor | None, context: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None, str]:
-        cache = context.get("past_key_values", context.get("past_key_value"))
+        cache = next((context[name] for name in CACHES if context.get(name) is not None), None)
         held: CacheRoute | None = getattr(cache, "xdfast_route", None)
         if cache is not None and int(cache.get_seq_length()) > 0:
             return self._continued(x, gates, held)
@@ -160,7 +160,7 @@ class RoutedDecoder(RoutedBlocks):
         if executor == "list":
             raise RuntimeError("executor='list' does not tell the host which sequences run; use 'planned' or 'auto'")
         if cache is not None:
-            CacheRoute(cache, gates.detach(), executor == "dense_mask", self._threshold())
+            CacheRoute(cache, gates.detach(), self.active(gates), executor == "dense_mask")
         return gates, probabilities, executor
 
     def _continued(self, x: Tensor, given: Tensor | None, held: CacheRoute | None) -> tuple[Tensor, Tensor | None, str]:
@@ -172,10 +172,10 @@ class RoutedDecoder(RoutedBlocks):
         if held.gates.shape[0] != x.shape[0]:
             raise ValueError(f"the KV cache holds {held.gates.shape[0]} sequences, the input has {x.shape[0]}")
         if given is not None:
-            differs = (self._forced_on(self._checked(given, x)) > held.threshold) != (held.gates > held.threshold)
+            differs = self.active(self._forced_on(self._checked(given, x))) != held.active
             if bool(differs.any()):
                 sequence, layer = differs.nonzero()[0, :2].tolist()
-                word = "off" if held.gates[sequence, layer].max() > held.threshold else "on"
+                word = "off" if held.active[sequence, layer].any() else "on"
                 raise ValueError(
                     f"layer {layer} cannot be turned {word} for sequence {sequence} in mid-sequence: the KV cache was filled "
                     "with other gates, and a layer holds all of a sequence's keys or none; start with an empty cache"
@@ -193,14 +193,14 @@ class CacheRoute:
 
     Attributes:
         gates: [B, L, S].
+        active: which of them are on, bool [B, L, S].
         dense: every layer holds keys of all sequences (``dense_mask`` filled it).
-        threshold: above which a gate is active.
     """
 
-    def __init__(self, cache: Any, gates: Tensor, dense: bool, threshold: float) -> None:
+    def __init__(self, cache: Any, gates: Tensor, active: Tensor, dense: bool) -> None:
         # weak: a cycle would keep keys (and in training their graph) alive until the next garbage collection
         self.cache = weakref.ref(cache)
-        self.gates, self.dense, self.threshold = gates, dense, threshold
+        self.gates, self.active, self.dense = gates, active, dense
         cache.xdfast_route = self
         # a cache believes that all its layers hold the same sequences; these three would take wrong rows
         for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave"):
@@ -219,14 +219,14 @@ class CacheRoute:
         """Every sequence ``repeats`` times, next to each other."""
         for layer in self._layers():
             layer.batch_repeat_interleave(repeats)
-        self.gates = self.gates.repeat_interleave(repeats, 0)
+        self.gates, self.active = (t.repeat_interleave(repeats, 0) for t in (self.gates, self.active))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheRoute:
         twin = CacheRoute.__new__(CacheRoute)
         memo[id(self)] = twin
         # a copy of the cache is being made, and is known by now
         twin.cache = weakref.ref(memo.get(id(self.cache()), self.cache()))
-        twin.gates, twin.dense, twin.threshold = self.gates.clone(), self.dense, self.threshold
+        twin.gates, twin.active, twin.dense = self.gates.clone(), self.active.clone(), self.dense
         return twin
 
     def _layers(self) -> list[Any]:
@@ -236,13 +236,12 @@ class CacheRoute:
     def _each(self, chosen: Tensor, move: Callable[[Any, Tensor], None]) -> None:
         chosen = chosen.to(self.gates.device)
         for number, layer in enumerate(self._layers()):
-            active = torch.ones_like(self.gates[:, number, 0], dtype=torch.bool)
-            if not self.dense:
-                active = self.gates[:, number, 0] > self.threshold  # attention is the first branch
+            active = self.active[:, number, 0]  # attention is the first branch
+            active = torch.ones_like(active) if self.dense else active
             place = active.long().cumsum(0) - 1
             if getattr(layer, "is_initialized", True):
                 move(layer, place[chosen[active[chosen]]])
-        self.gates = self.gates[chosen]
+        self.gates, self.active = self.gates[chosen], self.active[chosen]
 
 
 def _real_tokens(mask: Any, x: Tensor) -> Tensor | None:

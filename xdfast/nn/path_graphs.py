@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from xdfast.nn.branches import Branch
+from xdfast.nn.packed import weights_state
 from xdfast.ops.route import RouteList, RoutePlan, make_plan
 from xdfast.ops.routed.triton import carried_statistics
 
@@ -24,13 +25,14 @@ class PathGraphs:
     A skipped branch costs nothing: its graph is not replayed. All graphs work in place on one buffer and share one pool of
     memory; any path is a sequence of replays, so that 2^L paths need L · S graphs. The decision is read once, by the host.
 
-    Graphs hold addresses and folded copies of weights: they are captured again when a parameter has changed.
+    Graphs hold addresses and folded copies of weights: they are captured again when a parameter has changed
+    (:func:`xdfast.nn.packed.weights_state`).
     """
 
     def __init__(self, stack: RoutedStack) -> None:
         self._stack = stack
         self._key: Any = None
-        self._state: list[tuple[int, int]] = []
+        self._state: list[tuple[int, int, int]] = []
         self._graphs: list[list[torch.cuda.CUDAGraph]] = []
         self._x = self._statistics = torch.empty(0)
         self._plan: RoutePlan | None = None
@@ -46,7 +48,7 @@ class PathGraphs:
                 f"executor='graph' runs one sample at a time, got {x.shape[0]} samples in {plan.units} units; use 'list' or "
                 "'planned'"
             )
-        state = [(p._version, p.data_ptr()) for p in self._stack.parameters()]
+        state = weights_state(self._stack.parameters())
         key = (x.shape, x.dtype, x.device, plan.branches, plan.plain)
         if key != self._key or state != self._state:
             self._capture(x, plan)

@@ -196,17 +196,42 @@ class RoutedStack(nn.Module):
         rows = x.shape[0] * x.shape[1] // gates.shape[0]
         force = None
         if self.sparse_train and self.training and self.explore > 0:
-            force = (gates.detach() <= 0.5) & (torch.rand_like(gates, dtype=torch.float32) < self.explore)
+            force = ~self.active(gates) & (torch.rand_like(gates, dtype=torch.float32) < self.explore)
         hard = self.gate.scale == "hard"
+        if not hard:
+            # The threshold stays on the device, and may differ by decision: what is off becomes 0, with its gradient.
+            gates = torch.where(self.active(gates), gates, gates - gates.detach())
         plan = make_plan(
-            gates, rows_per_unit=rows, samples=x.shape[0], threshold=self._threshold(), hard=hard, force=force
+            gates, rows_per_unit=rows, samples=x.shape[0], threshold=0.5 if hard else 0.0, hard=hard, force=force
         )
         return plan.to_host() if host else plan
 
-    def _threshold(self) -> float:
-        """Above which a gate is active."""
-        scaled = self.gate.scale == "scaled"
-        return float(self.gate.threshold) if scaled and self.gate.threshold.numel() == 1 else 0.5
+    def active(self, gates: Tensor) -> Tensor:
+        """Which gates [U, L, S] let their branch run, bool: those above one half, or of soft gates above the threshold of
+        their decision; 1 always does."""
+        gates = gates.detach()
+        if self.gate.scale == "hard":  # decided by the threshold already
+            return gates > 0.5
+        return (gates > self.gate.threshold.to(gates.device)) | (gates >= 1)
+
+    def refold(self) -> None:
+        """Forgets what was prepared from the weights (packed, folded, captured); the next pass prepares it anew.
+
+        Needed only after writes on a GPU that PyTorch does not see: ``weight.data.mul_(2)``, kernels of one's own. Optimisers'
+        steps, in-place operations, ``load_state_dict`` and ``to`` are seen, and so is ``.data`` on the CPU.
+        """
+        self._graphs = None
+        for row in self._branches:
+            for branch in row:
+                branch.refold()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RoutedStack:
+        self.refold()  # the copies would stay on the old device; and memory that is used again has old addresses
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.refold()
+        super()._load_from_state_dict(*args)
 
     def choose(self, x: Tensor, gates: Tensor | None = None) -> tuple[str, str]:
         """(executor that runs for ``x`` now, why).
@@ -246,26 +271,32 @@ class RoutedStack(nn.Module):
     # --- executors
 
     def _dense_mask(self, x: Tensor, gates: Tensor, context: dict[str, Any]) -> Tensor:
-        per_token = self._per_token(x, gates)
         for number in range(self.num_layers):
-            x = self._dense_layer(x, per_token, number, context)
+            x = self._dense_layer(x, gates, number, context)
         return x
 
-    def _per_token(self, x: Tensor, gates: Tensor) -> Tensor:  # [U, L, S] → [B, T, L, S], or [B, 1, L, S] for samples
+    def _dense_layer(self, x: Tensor, gates: Tensor, number: int, context: dict[str, Any]) -> Tensor:
+        for branch_number, branch in enumerate(self._branches[number]):
+            seen = None
+            if self.keys == "active" and self.unit != "sample":
+                on = self.active(gates)
+                seen = self._per_token(x, on[:, number, min(branch_number, on.shape[2] - 1)])
+            g = self._per_token(x, gates[:, number, min(branch_number, gates.shape[2] - 1)])
+            x = x + g[..., None].to(x.dtype) * branch.dense(x, seen=seen, **context)
+        return x
+
+    def _per_token(self, x: Tensor, gates: Tensor) -> Tensor:  # [U] → [B, T], or [B, 1] for samples
         batch, tokens, _ = x.shape
         if self.unit == "sample":
             return gates[:, None]
         return gates.unflatten(0, (batch, -1)).repeat_interleave(tokens * batch // gates.shape[0], 1)
 
-    def _dense_layer(self, x: Tensor, per_token: Tensor, number: int, context: dict[str, Any]) -> Tensor:
-        for branch_number, branch in enumerate(self._branches[number]):
-            g = per_token[:, :, number, min(branch_number, per_token.shape[3] - 1)]
-            seen = (g > 0.5) if self.keys == "active" and self.unit != "sample" else None
-            x = x + g[..., None].to(x.dtype) * branch.dense(x, seen=seen, **context)
-        return x
-
     def _listed(self, x: Tensor, plan: RoutePlan, executor: str, context: dict[str, Any]) -> Tensor:
         if executor == "graph":
+            if context:
+                raise RuntimeError(
+                    f"executor='graph' passes nothing on to the layers, got {', '.join(context)}; use 'planned'"
+                )
             self._graphs = self._graphs or PathGraphs(self)
             return self._graphs(x, plan)
         flat = x.reshape(-1, x.shape[2])
@@ -343,9 +374,10 @@ class RoutedStack(nn.Module):
     def _forced_on(self, gates: Tensor) -> Tensor:
         if not self.always_on:
             return gates
-        on = torch.zeros(self.num_layers, 1, dtype=torch.bool)
-        on[list(self.always_on)] = True
-        return torch.where(on.to(gates.device), torch.ones_like(gates), gates)
+        gates = gates.clone()
+        for layer in self.always_on:  # a mask made on the host would have to be copied, and a GPU would wait for it
+            gates.select(1, layer).fill_(1)
+        return gates
 
     def extra_repr(self) -> str:
         return f"unit={self.unit!r}, always_on={self.always_on}, keys={self.keys!r}, executor={self.executor!r}"

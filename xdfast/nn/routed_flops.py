@@ -163,10 +163,8 @@ def _rows_of_plan(plan: RoutePlan) -> Tensor:  # [L, S, B]
 
 
 def _rows_of_gates(stack: RoutedStack, tokens: int, gates: Tensor, rows_per_unit: int) -> Tensor:  # [L, S, B]
-    scaled = stack.gate.scale == "scaled" and stack.gate.threshold.numel() == 1
-    threshold = float(stack.gate.threshold) if scaled else 0.5
     units = tokens // rows_per_unit
-    active = (gates.detach() > threshold).unflatten(0, (-1, units)).sum(1)  # [B, L, S]
+    active = stack.active(gates).unflatten(0, (-1, units)).sum(1)  # [B, L, S]
     return (active * rows_per_unit).permute(1, 2, 0).cpu()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,12 @@ from xdfast.nn.router import LayerRouter
 from xdfast.ops.route import RoutePlan
 from xdfast.ops.routed.rows import RowPasses
 
-__all__ = ["RoutedBlocks", "fixed_gates", "routed_stacks"]
+__all__ = ["CACHES", "RoutedBlocks", "fixed_gates", "routed_stacks"]
+
+log = logging.getLogger("xdfast")
+
+#: Names under which transformers hands layers their key-value cache: since 5.24 the first, before the second.
+CACHES = ("cache", "past_key_values", "past_key_value")
 
 
 class RoutedBlocks(RoutedStack):
@@ -48,6 +54,7 @@ class RoutedBlocks(RoutedStack):
         super().__init__(layers, branches, router, **options)
         self.takes = frozenset(takes)
         self.given_gates: Tensor | None = None
+        self._told_graph = False
 
     def forward(self, x: Tensor, gates: Tensor | None = None, *, mask: Tensor | None = None, **context: Any) -> Tensor:
         gates = self.given_gates if gates is None else gates
@@ -67,7 +74,16 @@ class RoutedBlocks(RoutedStack):
         if gates is None:
             gates, probabilities = self.route(x, mask)
         gates = self._forced_on(self._checked(gates, x))
-        return gates, probabilities, self.choose(x, gates)[0]
+        executor = self.choose(x, gates)[0]
+        if executor == "graph":
+            executor = "planned"
+            if not self._told_graph:
+                self._told_graph = True
+                log.warning(
+                    "executor='graph' replays the whole stack; layer by layer (a model's own loop, forward hooks, arguments for "
+                    "the layers) it runs as 'planned'"
+                )
+        return gates, probabilities, executor
 
     def understood(self, context: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments for the branches.
@@ -148,7 +164,7 @@ class Pass:
         stack = self.stack
         checkpointing = getattr(stack[number], "gradient_checkpointing", False) and stack.training
         if checkpointing:  # what Hugging Face's own layers do: the second forward pass must not write keys again
-            context = {**context, "past_key_values": None, "use_cache": False}
+            context = {**context, **{name: None for name in CACHES if name in context}, "use_cache": False}
         known = stack.understood(context)
         if number == 0:
             self._begin(x, known)
@@ -174,7 +190,7 @@ class Pass:
         stack = self.stack
         if self.plan is None:
             assert self.gates is not None
-            return stack._dense_layer(x, stack._per_token(x, self.gates), number, context)
+            return stack._dense_layer(x, self.gates, number, context)
         counts = self.plan.host_counts
         if counts is not None and not any(counts[number]):
             return x

@@ -189,5 +189,4 @@ def _active(stack: RoutedStack, decided: Decision) -> Tensor:
     """What runs, bool [U, L, S] on the device: from the lists, or where there are none by the gates' threshold."""
     if decided.plan is not None:
         return (decided.plan.gate > 0).permute(2, 0, 1)
-    scaled = stack.gate.scale == "scaled" and stack.gate.threshold.numel() == 1
-    return decided.gates.detach() > (stack.gate.threshold if scaled else 0.5)
+    return stack.active(decided.gates)
