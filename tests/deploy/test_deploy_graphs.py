@@ -72,7 +72,9 @@ def test_outputs_can_be_chosen_and_an_encoder_has_features_alone(student) -> Non
 
 
 def test_a_half_precision_model_is_exported_in_float32() -> None:
-    half = create_model("test_resnet", num_classes=5, image_size=32, dtype=torch.bfloat16, frozen=True)
+    half = create_model(
+        "test_resnet", num_classes=5, image_size=32, pretrained=False, dtype=torch.bfloat16, frozen=True
+    )
     graph = image_graph(half)
     assert {p.dtype for p in graph.module.parameters()} == {torch.float32}
     assert next(half.net.parameters()).dtype == torch.bfloat16
@@ -123,7 +125,9 @@ def test_the_parts_of_a_policy_are_the_whole(scheduler, prediction) -> None:
     facts = encode.facts["actions"]
     first, last = facts["rows"]
     actions = (x[:, first:last] - torch.tensor(facts["offset"])) / torch.tensor(facts["scale"])
-    torch.testing.assert_close(actions, policy.act(images, state, noise=noise), rtol=1e-6, atol=1e-6)
+    # sums of one step's embedding come in another order; predicted noise is divided by √ᾱ, small in the first steps
+    far = 1e-4 if prediction == "epsilon" else 1e-5
+    torch.testing.assert_close(actions, policy.act(images, state, noise=noise), rtol=far, atol=far)
     assert [len(graph.inputs) for graph in (encode, step)] == [2, 4 if scheduler == "ddpm" else 3]
 
 

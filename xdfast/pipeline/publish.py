@@ -197,9 +197,10 @@ def _public(value: Any) -> Any:
 def _recipe(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The settings of the run, from its folder or from the model's own file."""
     file = path / "config.yaml"
-    found = load_yaml(file) if file.is_file() else dict(config.get("xdfast", {}).get("config") or {})
-    if not file.is_file() and "kind" in config.get("xdfast", {}):
-        found = {"kind": config["xdfast"]["kind"], **found}
+    kept = _kept(config)
+    found = load_yaml(file) if file.is_file() else dict(kept.get("config") or {})
+    if not file.is_file() and "kind" in kept:
+        found = {"kind": kept["kind"], **found}
     hidden = {
         "out",
         "weights",
@@ -280,7 +281,14 @@ def _metrics(path: Path, config: dict[str, Any]) -> dict[str, float]:
             found = _json(file)
             metrics = found.get("metrics", found)
             return {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-    return dict(config.get("xdfast", {}).get("metrics") or {})
+    return dict(_kept(config).get("metrics") or {})
+
+
+def _kept(config: dict[str, Any]) -> dict[str, Any]:
+    """What xdfast wrote beside the model: of a student under "xdfast" in timm's file, of a policy (where that is the version) at
+    the top."""
+    own = config.get("xdfast")
+    return own if isinstance(own, dict) else config
 
 
 def _student_facts(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -317,20 +325,21 @@ def _policy_facts(kind: str, folder: Path) -> dict[str, Any]:
         from xdfast.robot import load_policy
         from xdfast.robot.cost import count_decision
 
-        model, load = load_policy(folder), "load_policy"
+        model, usage = load_policy(folder), "import xdfast as xd\n\npolicy = xd.load_policy"
         macs = count_decision(model).macs
     else:
         from xdfast.deploy import vla_graph
         from xdfast.robot.vla import load_vla
 
-        model, load = load_vla(folder), "robot.vla.load_vla"
+        model = load_vla(folder)
+        usage = "import xdfast as xd\nfrom xdfast.robot.vla import load_vla\n\npolicy = load_vla"
         graph = vla_graph(model, skip=False)
         macs = count_flops(graph.module, inputs=graph.example(1, _generator())).macs
     spec = model.spec
     height, width = spec.image_size
     cameras = ", ".join(spec.cameras) or "none"
     return {
-        "usage": f'import xdfast as xd\n\npolicy = xd.{load}(xd.pull("{{source}}"))',
+        "usage": usage + '(xd.pull("{source}"))',
         "summary": f"A robot's policy for {spec.task or 'an unnamed task'}: {spec.action_dim} numbers per action.",
         "inputs": f"Input: uint8 pictures {height} × {width} of cameras: {cameras}; {spec.state_dim} numbers of proprioception. "
         "Normalisation of pictures, states and actions is part of the files.",
