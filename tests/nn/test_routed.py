@@ -251,9 +251,10 @@ def test_no_decision_is_made_on_the_host() -> None:
     for gate in (GateFunction(), GateFunction("soft", threshold=[0.3, 0.4, 0.5, 0.6])):
         stack = stack_of(blocks(), gate=gate, always_on=(0, -1))
         with FakeTensorMode(), Devices() as seen:
-            stack.router = LayerRouter(D, L, hidden=8).to("cuda")
-            gate.tau, gate.threshold = (torch.empty(t.shape, device="cuda") for t in (gate.tau, gate.threshold))
-            x = torch.empty(B, T, D, device="cuda")
+            with torch.device("cuda"):
+                stack.router = LayerRouter(D, L, hidden=8)
+                gate.tau, gate.threshold = torch.empty(()), torch.empty(gate.threshold.shape)
+                x = torch.empty(B, T, D)
             seen.crossed.clear()
             with torch.no_grad():
                 gates = stack._forced_on(stack._checked(stack.route(x)[0], x))
