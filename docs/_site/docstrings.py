@@ -22,9 +22,6 @@ _MATH = re.compile(
 _LITERAL = re.compile(r"^(.*\S)::\n(?=\n? +\S)", re.M)
 _EXAMPLE = re.compile(r"^( *)Example:[ \t]*$", re.M)
 
-#: `[B, L][S]` in prose would be a reference to a page S; in lines of code it stays.
-_SHAPES = re.compile(r"^((?! *(?:>>>|\.\.\. )).*\[[^\]`]*\])\[(?=[A-Z])", re.M)
-
 
 class Docstrings(griffe.Extension):
     """Markdown from our docstrings, before griffe cuts them into sections."""
@@ -40,8 +37,16 @@ def to_markdown(text: str, obj: griffe.Object) -> str:
     text = _INLINE_MATH.sub(lambda found: f"${found[1]}$", text)
     text = _EXAMPLE.sub(r"\1Examples:", text)
     text = _LITERAL.sub(r"\1:\n", text)
-    text = _SHAPES.sub(r"\1\\[", text)
+    text = "\n".join(_shapes(line) for line in text.split("\n"))
     return _ROLE.sub(lambda found: _link(found[2], bool(found[1]), obj), text)
+
+
+def _shapes(line: str) -> str:
+    """`[B, L][S]` in prose would be a reference to a page S; in code it stays."""
+    if line.lstrip().startswith((">>>", "... ")):
+        return line
+    parts = line.split("`")  # every second one is code
+    return "`".join(part if i % 2 else part.replace("][", "]\\[") for i, part in enumerate(parts))
 
 
 def _formula(found: re.Match) -> str:
