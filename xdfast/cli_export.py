@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Literal
 
 __all__ = ["export", "pull", "push"]
@@ -81,7 +82,7 @@ def export(args: list[str]) -> None:
 
     options = tyro.cli(_ExportOptions, args=args, prog="xdfast export")
     done = run(**vars(options))
-    Console().print(done.table)
+    Console(width=None if sys.stdout.isatty() else 150).print(done.table)  # in a file lines need not fit a screen
     print(f"written to {done.path}")
 
 

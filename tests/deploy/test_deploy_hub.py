@@ -181,6 +181,21 @@ def test_what_cannot_be_published(run, tmp_path) -> None:
     assert parse_target("hf-hub:me/x", "to") == parse_target("me/x", "to") == "me/x"
 
 
+def test_the_command_line(run, tmp_path, capsys) -> None:
+    from xdfast.cli import main
+
+    shelf = f"local-dir:{tmp_path / 'shelf'}"
+    assert main(["push", "--model", str(run.path), "--to", shelf, "--license", "mit"]) == 0
+    assert (
+        f"README.md, config.json, model.safetensors, recipe.yaml\nwritten to {tmp_path / 'shelf'}"
+        in capsys.readouterr().out
+    )
+    assert main(["pull", "--source", shelf, "--out", str(tmp_path / "copy")]) == 0
+    assert f"written to {tmp_path / 'copy'}" in capsys.readouterr().out
+    assert main(["pull", "--source", "nothing"]) == 1
+    assert "source must be OWNER/NAME" in capsys.readouterr().err
+
+
 _CLIENT = """
 import json, logging, sys, timm, torch, xdfast
 run, out = sys.argv[1:]
@@ -212,6 +227,7 @@ def client(code: str, *arguments: str, **environment: str) -> subprocess.Complet
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_huggingface_hub_and_timm_against_a_server(run, tmp_path) -> None:
     with Hub(token="hf_test") as hub:
@@ -236,6 +252,7 @@ def test_huggingface_hub_and_timm_against_a_server(run, tmp_path) -> None:
     assert refused.returncode == 1 and "hf auth login" in refused.stderr and "ConnectionError" in refused.stderr
 
 
+@pytest.mark.slow  # huggingface_hub tries again five times
 @pytest.mark.timeout(1200)
 def test_a_hub_that_is_not_there(tmp_path) -> None:
     code = "import xdfast; xdfast.pull('me/flowers')"

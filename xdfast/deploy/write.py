@@ -35,7 +35,7 @@ log = logging.getLogger("xdfast")
 RECORD = "export.json"
 
 #: Whose versions the record names, where they are installed.
-_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "timm")
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "timm")
 
 
 @dataclass
@@ -229,7 +229,7 @@ def _times(row: dict[str, Any]) -> tuple[str, str, str, str]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    found = {"torch": str(torch.__version__)}  # with what it was built for
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
