@@ -45,9 +45,9 @@ def test_a_loss_loads_torch_alone() -> None:
 def test_names_are_the_same_whatever_is_imported_first() -> None:
     # xdfast.pipeline has modules called distill, evaluate, finetune and report: they must not hide the functions
     code = "import {first}, xdfast; print(*[callable(getattr(xdfast, n)) for n in {names}])"
-    names = ("distill", "finetune", "evaluate", "report")
-    for first in ("xdfast.pipeline.report", "xdfast.pipeline.distill", "xdfast.reporting", "xdfast.cli"):
-        assert python(code.format(first=first, names=names)) == "True True True True"
+    names = ("distill", "finetune", "evaluate", "report", "export")
+    for first in ("xdfast.pipeline.report", "xdfast.pipeline.export", "xdfast.pipeline.distill", "xdfast.reporting", "xdfast.cli"):
+        assert python(code.format(first=first, names=names)) == "True True True True True"
 
 
 def test_an_unknown_name_lists_the_public_ones() -> None:
