@@ -73,7 +73,7 @@ def _results(folder: Path) -> str:
     lines = [
         "# Figures as they were measured",
         "",
-        "Every number in README and on these pages comes from one of these files, which are committed with the code: the machine, "
+        "Figures in README and on these pages come from these files, which are committed with the code: the machine, "
         "all candidates, quartiles. A folder is a device.",
         "",
     ]

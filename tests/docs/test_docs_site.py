@@ -47,9 +47,10 @@ def extension():
     return module
 
 
-def test_docstrings_become_markdown() -> None:
-    loader = griffe.GriffeLoader(extensions=griffe.Extensions(extension().Docstrings()))
-    module = griffe.visit("m", Path("m.py"), DOCSTRING, extensions=loader.extensions)
+def test_docstrings_become_markdown(tmp_path) -> None:
+    (tmp_path / "m.py").write_text(DOCSTRING, encoding="utf-8")
+    extensions = griffe.load_extensions(str(ROOT / "docs/_site/docstrings.py"))
+    module = griffe.load("m", search_paths=[tmp_path], extensions=extensions)
     sections = module["f"].docstring.parse("google", warnings=False)
     text = sections[0].value
     assert '<autoref identifier="m.g" optional><code>g</code></autoref>' in text
