@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,13 +15,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import xdfast
 
 ROOT = Path(__file__).resolve().parent.parent
-
-NEEDED = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "csrc", "kernels", "bench", "xdfast", "tests"]
-OPTIONAL = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile"]
 
 
 def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -47,16 +46,25 @@ def install(archive: Path, target: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """A copy of what git would hold: builds leave files behind, and must not find the ones of the editable install."""
+def held() -> set[str]:
+    """Files of the repository, committed or about to be; of an unpacked source archive, all but what builds and tests leave."""
+    if (ROOT / ".git").exists():
+        listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
+        return {name for name in built(listed).stdout.split("\0") if (ROOT / name).is_file()}
+    left = re.compile(
+        r"(^|/)(build|dist|__pycache__|\.venv[^/]*|\.[a-z_]+_cache|[^/]+\.egg-info)/|\.(so|pyc)$|_build_info\.json$"
+    )
+    names = {p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*") if p.is_file()}
+    return {name for name in names if not left.search(name) and name not in ("PKG-INFO", "setup.cfg")}
+
+
+@pytest.fixture(scope="module")
+def source(held, tmp_path_factory) -> Path:
+    """A copy of the repository's files: builds leave others behind, and must not find the ones of the editable install."""
     folder = tmp_path_factory.mktemp("packaging") / "source"
-    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "_build_info.json", ".*_cache")
-    for name in [*NEEDED, *(n for n in OPTIONAL if (ROOT / n).exists())]:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-        else:
-            folder.mkdir(exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+    for name in held:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
     return folder
 
 
@@ -122,18 +130,46 @@ def test_installed_wheel_imports_from_another_folder(wheel, tmp_path):
     assert not [name for name in ("kernels", "bench", "kernels.py", "bench.py") if (target / name).exists()]
 
 
-def test_source_archive_can_build_everything(source, tmp_path):
+@pytest.fixture(scope="module")
+def sdist(source, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("sdist")
     code = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
-    built(run(sys.executable, "-c", code, str(tmp_path), cwd=source, XDFAST_BUILD_EXT="0"))
-    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
-        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    built(run(sys.executable, "-c", code, str(out), cwd=source, XDFAST_BUILD_EXT="0"))
+    return next(out.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def archived(sdist) -> set[str]:
+    """Files of the source archive, without the folder of its name and version."""
+    with tarfile.open(sdist) as archive:
+        return {member.name.split("/", 1)[1] for member in archive.getmembers() if member.isfile()}
+
+
+def test_source_archive_can_build_everything(archived):
     shipped = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu")}
     shipped |= {p.relative_to(ROOT).as_posix() for room in ("kernels", "bench") for p in (ROOT / room).glob("*.py")}
-    shipped.add("bench/gpu.sh")
-    shipped |= {"setup.py", "pyproject.toml", "LICENSE", "MANIFEST.in", "xdfast/_version.py"}
+    shipped |= {"bench/gpu.sh", "setup.py", "pyproject.toml", "LICENSE", "MANIFEST.in", "xdfast/_version.py"}
     assert "csrc/checks.h" in shipped
-    assert shipped - names == set()
-    assert not [n for n in names if n.endswith((".so", ".pyc", "_build_info.json"))]
+    assert shipped - archived == set()
+    assert not [n for n in archived if n.endswith((".so", ".pyc", "_build_info.json"))]
+
+
+def test_source_archive_is_what_the_repository_holds(archived, held):
+    """No test, page or figure is missing, and nothing that only lies about."""
+    made = {name for name in archived if name in ("PKG-INFO", "setup.cfg") or name.startswith("xdfast.egg-info/")}
+    assert held - archived == set()
+    assert archived - made - held == set()
+    assert {"PKG-INFO", "xdfast.egg-info/SOURCES.txt"} <= made
+
+
+def test_citation_names_this_version_and_the_papers():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0" and citation["message"] and citation["authors"]
+    assert citation["version"] == xdfast.__version__
+    assert citation["license"] == "Apache-2.0"
+    papers = {reference["url"].removeprefix("https://arxiv.org/abs/") for reference in citation["references"]}
+    assert papers == {"2507.21844", "2511.18082", "2601.11269"}
+    assert all(r["authors"] and r["title"] and r["type"] and r["year"] for r in citation["references"])
 
 
 @pytest.mark.parametrize("room", ["kernels", "bench"])
@@ -181,8 +217,9 @@ def test_isolated_build_needs_no_torch(source, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
-def test_build_with_the_extension(source, tmp_path):
-    built(pip_wheel(source, tmp_path / "dist", "--no-build-isolation", XDFAST_BUILD_EXT="1"))
+def test_build_with_the_extension(sdist, tmp_path):
+    """From the source archive: its sources and headers are all there."""
+    built(pip_wheel(sdist, tmp_path / "dist", "--no-build-isolation", XDFAST_BUILD_EXT="1"))
     archive = next((tmp_path / "dist").glob("*.whl"))
     assert "none-any" not in archive.name
     target = tmp_path / "site"
