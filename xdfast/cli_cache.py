@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["main"]
 
@@ -100,11 +104,26 @@ def _build(args: list[str]) -> int:
     from xdfast.pipeline.cache import build_cache
 
     args = args if any(a == "--out" or a.startswith("--out=") for a in args) else [*args, "--out="]
-    with build_cache(parse_config(DistillConfig, args, "distill", prog="cache build")) as store:
+    with _ending_on_sigterm(), build_cache(parse_config(DistillConfig, args, "distill", prog="cache build")) as store:
         if distributed.is_main():
             for label, value in describe(store)[:6]:
                 print(f"{label:16s} {value}")
     return 0
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends with status 0: on its way out, ``fill()`` brings what was computed to the disk."""
+
+    def end(number: int, frame: Any) -> None:
+        print("stopped; what was computed is kept, the same command continues", file=sys.stderr)
+        raise SystemExit(0)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _remove(args: list[str]) -> int:

@@ -111,6 +111,38 @@ def test_killed_and_continued_equals_unbroken(settings, unbroken, signal_number)
     assert rows(out) == rows(unbroken)
 
 
+@pytest.mark.parametrize("when", ["validating", "filling"])
+def test_sigterm_outside_of_steps_does_not_wait_for_their_end(settings, unbroken, tmp_path, when) -> None:
+    """Validation of a large set takes minutes; a machine that is taken away leaves seconds."""
+    out = tmp_path / "run"
+    slow = {"validating": "pipeline.train_run.accuracy", "filling": "pipeline.task.DistillTask.begin_epoch"}[when]
+    run = f"""
+import json, sys, time, xdfast, xdfast.pipeline.train_run
+def slow(*given):
+    print("there", flush=True)
+    time.sleep(600)
+owner, name = "xdfast.{slow}".rsplit(".", 1)
+import pkgutil
+setattr(pkgutil.resolve_name(owner), name, slow)
+xdfast.distill(**json.loads(sys.argv[1]))
+"""
+    mine = {k: v for k, v in settings.items() if k != "root"} | {"out": str(out), "checkpoint_seconds": 1e6}
+    process = subprocess.Popen(
+        [sys.executable, "-c", run, json.dumps(mine)], env={**os.environ, "PYTHONSAFEPATH": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout.readline() == "there\n", process.stderr.read()
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=100)
+    assert process.returncode == 0 and "the state is saved" in told, told
+    state = torch.load(out / "resume.pt", weights_only=True)["state"]
+    assert (state["epoch"], state["batch"]) == (0, 7 if when == "validating" else 0)  # validation is still to come
+    finish({**mine, "checkpoint_seconds": 0.0})
+    a, b = (load_file(path / "student" / "model.safetensors") for path in (unbroken, out))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert rows(out) == rows(unbroken)
+
+
 def test_other_data_or_another_teacher_is_refused(settings, unbroken, tmp_path) -> None:
     import shutil
 

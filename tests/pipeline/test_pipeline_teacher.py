@@ -271,6 +271,35 @@ def test_kill_9_at_any_moment_ends_with_the_same_weights(pictures, tmp_path, kil
     assert same(weights(tmp_path / "unbroken"), weights(tmp_path / "broken"))
 
 
+@pytest.mark.timeout(300)
+def test_sigterm_while_a_cache_is_built_keeps_its_rows_and_exits_0(pictures, tmp_path) -> None:
+    build = """
+import sys, time
+from xdfast.cli import main
+from xdfast.pipeline import teacher
+real = teacher._outputs
+teacher._outputs = lambda *given: time.sleep(0.5) or real(*given)  # a teacher that takes its time
+sys.exit(main(["cache", "build", *sys.argv[1:]]))
+"""
+    store = tmp_path / "store"
+    flags = ["--no-teacher-pretrained", "--no-progress"]
+    for key, value in {**SETTINGS, "data": pictures, "batch_size": 2, "cache": store}.items():
+        if not isinstance(value, bool):
+            flags.append(f"--{key.replace('_', '-')}={value}")
+    process = subprocess.Popen(
+        [sys.executable, "-c", build, *flags], env={**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while process.poll() is None and not any(store.glob("rows-*.bin")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=200)
+    assert process.returncode == 0 and "stopped; what was computed is kept" in told, told
+    assert TeacherStore.load(store).count < 60 and not verify_store(store, progress=False).damaged
+    with build_cache(**{**SETTINGS, "data": str(pictures), "batch_size": 2, "cache": str(store)}) as filled:
+        assert filled.complete and verify_store(store, progress=False).complete
+
+
 @pytest.mark.ddp
 def test_two_processes_fill_one_cache(pictures, tmp_path) -> None:
     flags = ["--no-teacher-pretrained", "--no-progress"]

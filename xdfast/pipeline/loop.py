@@ -7,12 +7,9 @@ anywhere and started again ends with the weights of an unbroken one.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import math
-import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +27,7 @@ from xdfast.pipeline.config import RunConfig
 from xdfast.pipeline.journal import Journal, ProgressLine
 from xdfast.pipeline.optim import build_optimizer, build_schedule
 from xdfast.pipeline.parallel import Parallel
+from xdfast.pipeline.session import Session, StoppedAtOnce
 from xdfast.pipeline.task import TrainingTask, seed_everything
 
 __all__ = ["LoopResult", "autocast", "train"]
@@ -113,7 +111,7 @@ def train(
 
     journal = Journal(out, offset=state.journal_offset, tensorboard=config.tensorboard, enabled=distributed.is_main())
     line = ProgressLine(title, groups * config.epochs, state.step, enabled=config.progress and distributed.is_main())
-    session = _Session(state.seconds, config.checkpoint_seconds)
+    session = Session(state.seconds, config.checkpoint_seconds)
 
     def save() -> None:
         _check_weights(model, state, out)
@@ -143,13 +141,13 @@ def train(
     with session.catch_termination():
         try:
             if validate_first and state.step == 0:
-                journal.write(
-                    {"kind": "val", "epoch": -1, "step": 0, **validate(task.student), "time": session.seconds}
-                )
+                with session.at_once():
+                    found = validate(task.student)
+                journal.write({"kind": "val", "epoch": -1, "step": 0, **found, "time": session.seconds})
             while state.epoch < config.epochs:
                 model.trained.train()
                 if state.batch == 0:
-                    with autocast(config, device):
+                    with session.at_once(), autocast(config, device):
                         task.begin_epoch(state.epoch)
                 batches = ahead(loader.epoch(state.epoch, state.batch), make_ready(state.epoch), lane, state.batch)
                 for micro in _groups(batches, config.accumulate):
@@ -182,22 +180,27 @@ def train(
                     if due:
                         save()
                         session.stop_if_asked(out)
-                state.epoch, state.batch = state.epoch + 1, 0
-                if state.epoch % config.eval_every == 0 or state.epoch == config.epochs:
+                # Until it is validated, an epoch is not over: continued from here, no batch is left and validation begins anew.
+                if (state.epoch + 1) % config.eval_every == 0 or state.epoch + 1 == config.epochs:
                     model.share_buffers()
-                    state.metrics = validate(model.kept)
+                    with session.at_once():
+                        state.metrics = validate(model.kept)
                     journal.write(
                         {
                             "kind": "val",
-                            "epoch": state.epoch - 1,
+                            "epoch": state.epoch,
                             "step": state.step,
                             **state.metrics,
                             "time": session.seconds,
                         }
                     )
+                state.epoch, state.batch = state.epoch + 1, 0
                 if session.due(state.step, epoch_ends=True) or state.epoch == config.epochs:
                     save()
                 session.stop_if_asked(out)
+        except StoppedAtOnce:
+            save()
+            session.stop_if_asked(out)
         finally:
             journal.close()
             line.close()
@@ -353,75 +356,3 @@ def _check_identity(saved: dict[str, Any], now: dict[str, Any], path: Path) -> N
         raise RuntimeError(
             f"{path} belongs to another run ({facts}); use the same data, models and number of processes, or another out folder"
         )
-
-
-class _Session:
-    """Clock, throughput, and the wish to stop: everything about this process's share of the run."""
-
-    def __init__(self, seconds_before: float, checkpoint_seconds: float) -> None:
-        self._before, self._every = seconds_before, checkpoint_seconds
-        self._began = self._saved_at = time.monotonic()
-        self._images = 0
-        self._stop = False  # asked of this process, at any moment
-        self._stopping = False  # agreed with the other ranks, and so preceded by a save
-        self._signal = 0
-
-    @property
-    def seconds(self) -> float:
-        return self._before + time.monotonic() - self._began
-
-    def count(self, images: int) -> None:
-        self._images += images
-
-    def images_per_second(self) -> float:
-        return self._images / max(time.monotonic() - self._began, 1e-9)
-
-    def saved(self) -> None:
-        self._saved_at = time.monotonic()
-
-    def due(self, step: int, *, epoch_ends: bool = False) -> bool:
-        """Whether a resume file is due now; every rank gets the same answer (rank 0's clock, anyone's signal).
-
-        The end of an epoch is a good moment, so it comes early there, but not after every epoch of a fraction of a second.
-        """
-        patience = self._every / 10 if epoch_ends else self._every
-        due = time.monotonic() - self._saved_at >= patience
-        if distributed.world_size() == 1:
-            self._stopping = self._stop
-            return due or self._stopping
-        if not epoch_ends and step % 10:  # asking costs a message: every ten steps is often enough
-            return False
-        votes = distributed.sum_over_ranks(
-            [float(self._stop), float(due and distributed.is_main())],
-            torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"),
-        )
-        self._stopping = votes[0] > 0
-        return self._stopping or votes[1] > 0
-
-    @contextlib.contextmanager
-    def catch_termination(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C ask the loop to save at the next step; a second Ctrl-C stops at once."""
-        previous = {}
-
-        def ask(number: int, frame: Any) -> None:
-            if self._stop and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._stop, self._signal = True, number
-
-        try:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                previous[number] = signal.signal(number, ask)
-        except ValueError:  # not the main thread: Python delivers signals elsewhere, nothing to catch here
-            log.debug("training outside the main thread: SIGTERM does not save first")
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def stop_if_asked(self, out: Path) -> None:
-        if self._stopping:
-            log.warning("stopped; the state is saved in %s, the same command continues", out)
-            if self._signal == signal.SIGINT:
-                raise KeyboardInterrupt
-            raise SystemExit(0)
