@@ -31,7 +31,7 @@ SHORT_OPTIONS = [
     "--student-size", "32", "--epochs", "1", "--batch-size", "4", "--workers", "0", "--decoder", "pillow", "--device", "cpu",
     "--no-progress",
 ]  # fmt: skip
-EVALUATE = {"knn": 3, "progress": False}
+EVALUATE = {"knn": 3, "workers": 0, "decoder": "pillow", "device": "cpu", "progress": False}
 POLICY = {
     "feature_dim": 8, "unet_widths": (16, 32), "train_steps": 20, "inference_steps": 4, "noise_draws": 2, "batch_size": 8,
     "steps": 6, "warmup_steps": 1, "log_every": 2, "progress": False, "device": "cpu", "episodes": 0,
@@ -138,7 +138,7 @@ def own_pair(slow: bool) -> tuple[dict[str, Any], StandIns]:
         "distill": small,
         "distill --recipe": ["--teacher", "models/vit", "--student", "test_resnet"],
         "finetune": [*SHORT_OPTIONS, "--no-student-pretrained"],
-        "evaluate": ["--knn", "3", "--no-progress"],
+        "evaluate": ["--knn", "3", "--workers", "0", "--decoder", "pillow", "--device", "cpu", "--no-progress"],
         "report": ["--no-measure-speed"],
         "data": ["--no-progress", "--workers", "0"],
     }
