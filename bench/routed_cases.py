@@ -220,7 +220,8 @@ def default_cases(device: str = "cpu", shares: Sequence[float] | None = None) ->
         cases = [RoutedCase(size, batch, "bfloat16") for size in ("S", "B", "L") for batch in (4, 16, 64)]
         cases += [RoutedCase("llama-7b", batch, "bfloat16", shares=(1.0, 0.5, 0.25)) for batch in (4, 16)]
         cases += [RoutedCase(size, 1, "bfloat16", "path", (1.0, 0.5)) for size in ("S", "B", "L", "llama-7b")]
-        cases += [RoutedCase("B", 64, "bfloat16", "tokens", (0.5, 0.25), "active")]
+        cases += [RoutedCase("B", 64, "bfloat16", "bernoulli", (0.5, 0.25))]
+        cases += [RoutedCase("B", 64, "bfloat16", kind, (0.5, 0.25), "active") for kind in ("tokens", "clustered")]
         cases += [RoutedCase("B", 64, "bfloat16", shares=(0.5,), train=True)]
         cases += [
             RoutedCase("vla-7b", 1, "bfloat16", "path", (0.5,)),

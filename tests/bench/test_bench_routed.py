@@ -218,7 +218,9 @@ def test_targets_are_marked(capsys) -> None:
     lines = routed_table.target_lines([result])
     assert any(line.startswith("missed") and "1.60 × compiled, target 1.7" in line for line in lines)
     assert "✓" not in routed_table.markdown([result]) and "ViT-S bf16 B=16 | 0.5 |" in routed_table.markdown([result])
-    assert routed.targets({**result, "device": "cuda"}) == [] == routed.targets({**result, "batch": 4})
+    on_gpu = routed.targets({**result, "device": "cuda"})
+    assert [(t["rival"], t["target"]) for t in on_gpu] == [("strongest dense", 0.95), ("loop", 2.0)]
+    assert routed.targets({**result, "batch": 4}) == [] == routed.targets({**result, "gates": "bernoulli"})
 
 
 def test_the_default_cases_hold_every_promise() -> None:
@@ -228,12 +230,30 @@ def test_the_default_cases_hold_every_promise() -> None:
     assert any(c.train for c in cases) and {c.gates for c in cases} >= {"exact", "path", "bernoulli", "clustered"}
     on_gpu = default_cases("cuda")
     assert {c.batch for c in on_gpu} == {1, 4, 16, 64}
-    whole = [c for c in on_gpu if (c.size, c.dtype) in routed.CUDA_MUST_REACH]
-    assert [(c.batch, c.gates, c.shares) for c in whole] == [(1, "path", (0.5,)), (16, "exact", (0.5,))]
+    kind = {1: "path"}
+    held = {(c.size, c.batch): c for c in on_gpu if c.gates == kind.get(c.batch, "exact") and not c.train}
+    for case, promises in routed.CUDA_MUST_REACH.items():
+        assert held[case].dtype == "bfloat16" and set(promises) <= set(held[case].shares)
     result = {"size": "vla-7b", "dtype": "bfloat16", "device": "cuda", "batch": 1, "gates": "path", "train": False}
     result["shares"] = [_row(0.5, eager=1.8)]
     assert [(t["rival"], t["target"], t["met"]) for t in routed.targets(result)] == [("eager", 1.75, True)]
+    one = {
+        **result,
+        "size": "B",
+        "batch": 64,
+        "gates": "exact",
+        "shares": [_row(0.5, **{"eager": 4.0, "eager graph": 2.0, "compiled graph": 1.7})],
+    }
+    assert [(t["rival"], t["figure"], t["met"]) for t in routed.targets(one)] == [("graphed dense", 1.7, True)]
+    alone = {**one, "batch": 1, "shares": [{**_row(1.0, eager=1.1), "median_ms": 18.0}, _row(0.5, eager=2.0)]}
+    path = {**alone, "size": "B", "gates": "path"}
+    assert [(t["rival"], t["figure"], t["met"]) for t in routed.targets(path)] == [("all active", 1.8, True)]
+    assert routed.targets({**one, "dtype": "float16"}) == [] == routed.targets({**one, "gates": "tokens"})
     assert {c.shares for c in default_cases("cpu", (0.5,))} == {(0.5,)}
+
+
+def test_the_slowest_twentieth() -> None:
+    assert routed.p95([float(i) for i in range(1, 102)]) == 96.0 and routed.p95([2.0, 2.0]) == 2.0
 
 
 @pytest.mark.parametrize(

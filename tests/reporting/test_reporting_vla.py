@@ -231,6 +231,7 @@ def test_cost_is_that_of_the_episodes_where_it_is_known() -> None:
     assert student["counted"]["stack"] == {"dense": 1000, "nominal": 500, "executed": 500}
     assert student["counted"]["decision"] == {"dense": 1400, "nominal": 900, "executed": 900}
     assert static["counted"] == COST["counted"] and student["measured"][0]["stack_speedup"] == 2.0
+    assert student["measured"][0]["of_ideal"] == pytest.approx(2.0 * 0.52)
     assert cost_rows(groups_of([record(), record("sta", "static", paths={})])[0]) == []
 
 

@@ -19,7 +19,7 @@ def cost_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
     ``measured``: per ``batch``, ``fraction`` (executed share of the stack's FLOPs in these decisions), ``stack`` and ``decision``
     → ``dense`` and ``routed`` → ``p50``, ``p95`` in ms, and ``speedup_low``, ``speedup_high``; ``stack_speedup``,
-    ``decision_speedup``: ratios of the medians.
+    ``decision_speedup``: ratios of the medians; ``of_ideal``: stack_speedup · fraction, 1 if time is in proportion to FLOPs.
 
     Groups of whose cost nothing is known have no row.
     """
@@ -63,9 +63,11 @@ def _routed(group: Group) -> dict[str, Any] | None:
 
 
 def _timed(row: dict[str, Any]) -> dict[str, Any]:
-    """Speedups of medians beside the times; None for what was not timed."""
+    """Speedups of medians beside the times, and the transformer's as a fraction of the ideal one; None: not timed."""
     parts: dict[str, dict[str, Any]] = {part: row.get(part) or {} for part in ("stack", "decision")}
-    return {**row, **{f"{part}_speedup": told.get("speedup") for part, told in parts.items()}}
+    speedups = {f"{part}_speedup": told.get("speedup") for part, told in parts.items()}
+    fraction, speedup = row.get("fraction"), speedups["stack_speedup"]
+    return {**row, **speedups, "of_ideal": fraction * speedup if fraction and speedup else None}
 
 
 def _dense(counted: dict[str, Any]) -> dict[str, Any]:
