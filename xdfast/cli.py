@@ -218,6 +218,10 @@ class _ReportOptions:
     """Where they are measured."""
     measure_speed: bool = True
     """Measure at all."""
+    analysis: tuple[Literal["cka", "tsne", "saliency", "robustness", "all"], ...] = ()
+    """Of image models, beyond accuracy: CKA maps to the teacher, the teacher's t-SNE, saliency, accuracy under corruptions."""
+    analysis_images: int | None = None
+    """Validation images that CKA and robustness take; default: 1,024 and 256, above 64 px 256 and 64."""
 
 
 def _report(args: list[str]) -> None:

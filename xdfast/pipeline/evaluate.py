@@ -33,7 +33,7 @@ __all__ = ["EvaluateResult", "accuracy", "evaluate"]
 log = logging.getLogger("xdfast")
 
 #: Most samples whose features are kept for pictures (t-SNE is quadratic).
-_EMBEDDING_SAMPLES = 2000
+EMBEDDING_SAMPLES = 2000
 
 
 @dataclass
@@ -208,7 +208,7 @@ def evaluate(
     if config.cka and config.teacher and teacher is not False:
         result.metrics["cka"] = _cka_to_teacher(config, teacher, run, features, ids, loader, images, device)
 
-    keep = torch.linspace(0, len(labels) - 1, min(len(labels), _EMBEDDING_SAMPLES)).round().long()
+    keep = torch.linspace(0, len(labels) - 1, min(len(labels), EMBEDDING_SAMPLES)).round().long()
     predictions = logits.argmax(1) if result.confusion and logits is not None else torch.full_like(labels, -1)
     result.embedding = {
         "features": features[keep].numpy(),

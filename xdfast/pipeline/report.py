@@ -16,7 +16,7 @@ from xdfast.pipeline.report_policy import policy_records
 if TYPE_CHECKING:
     from xdfast.reporting import ModelRecord, Report, RunRecord
 
-__all__ = ["method_of", "records_of", "report"]
+__all__ = ["first_stage", "method_of", "records_of", "report", "teacher_spec"]
 
 log = logging.getLogger("xdfast")
 
@@ -32,6 +32,9 @@ def report(
     device: str = "cpu",
     measure_speed: bool = True,
     notes: Sequence[str] = (),
+    analysis: Any = (),
+    analysis_images: int | None = None,
+    progress: bool = True,
 ) -> Report:
     """One self-contained HTML page, and a JSON beside it: accuracy, FLOPs, memory, latency, speedup over the teacher, pictures.
 
@@ -49,20 +52,35 @@ def report(
         device: on which they are measured.
         measure_speed: False leaves the measurement out.
         notes: sentences to print under the title.
+        analysis: of image models, beyond accuracy: ``"cka"`` (maps of the student's layers against the teacher's, before and
+            after), ``"tsne"`` (the teacher's features beside the students'), ``"saliency"`` (where they look), ``"robustness"``
+            (accuracy under common corruptions), several of these, or ``"all"``. What the JSON of an earlier report at ``out``
+            holds of the same weights and images is taken from there.
+        analysis_images: how many validation images CKA and robustness take; default: 1,024 and 256, above 64 px 256 and 64.
+        progress: of the analysis.
 
     Returns:
         A report with ``.path``, ``.json_path``, and ``.data``, the content of the JSON.
 
     Raises:
         FileNotFoundError: a folder holds no finished run.
-        ValueError: no runs, or policies of several tasks together with other runs.
+        ValueError: no runs, policies of several tasks together with other runs, or an analysis that is unknown or of no
+            image model.
+        ImportError: a package that an analysis needs is missing.
     """
+    from xdfast.pipeline.analysis import add_analysis, parts_of
     from xdfast.reporting import build_report
+    from xdfast.reporting.page import target
 
     listed = [runs] if isinstance(runs, (str, Path, RunResult)) else list(runs)
     if not listed:
         raise ValueError("report needs at least one finished run or its folder")
+    parts = parts_of(analysis)
+    if analysis_images is not None and (isinstance(analysis_images, bool) or analysis_images < 4):
+        raise ValueError(f"analysis_images must be ≥ 4, got {analysis_images!r}")
     found = [run if isinstance(run, RunResult) else load_run(run) for run in listed]
+    if parts and not any(run.kind in ("distill", "finetune") for run in found):
+        raise ValueError("analysis is of image models, but the runs are policies of robots; leave it out")
     told = [run for run in found if run.kind == "vla"]
     if told and len(told) < len(found):
         other = next(run for run in found if run.kind != "vla")
@@ -83,17 +101,32 @@ def report(
         )
     policies = [run for run in found if run.kind == "policy"]
     found = [run for run in found if run.kind != "policy"]
+    page, json_path = target(Path(out))  # now, not after the measurements
     records = records_of(found)
+    teachers = _teachers(found)
+    looked_at = None
+    if parts:
+        looked_at = add_analysis(
+            found,
+            records,
+            teachers,
+            parts,
+            images=analysis_images,
+            device=device,
+            json_path=json_path,
+            progress=progress,
+        )
     return build_report(
         records,
-        [*_teachers(found), *_students(found, records)],
-        out,
+        [*teachers.values(), *_students(found, records)],
+        page,
         title=title or ("Distillation report" if found else "Robot policies"),
         batch_sizes=(1, 32) if batch_sizes is None else tuple(batch_sizes),
         device=device,
         measure_speed=measure_speed,
         notes=list(notes),
         policies=policy_records(policies) if policies else [],
+        analysis=looked_at,
     )
 
 
@@ -115,6 +148,17 @@ def method_of(run: RunResult) -> str:
 def records_of(runs: Sequence[RunResult]) -> list[RunRecord]:
     """What ``xdfast.reporting`` needs to know of each run; one that was not evaluated yet is evaluated first."""
     return [_record(run) for run in runs]
+
+
+def first_stage(run: RunResult) -> RunResult:
+    """The run in which the network of this one began: itself, or what it was fine-tuned from, and so on."""
+    before = _stage_before(run)
+    return run if before is None else first_stage(before)
+
+
+def teacher_spec(run: RunResult) -> str | None:
+    """By what name the run, or the latest stage before it that had one, knows its teacher; None without."""
+    return next((str(r.config["teacher"]) for r in _with_earlier_stages([run]) if r.config.get("teacher")), None)
 
 
 def _stage_before(run: RunResult) -> RunResult | None:
@@ -163,8 +207,8 @@ def _is_object(spec: Any) -> bool:
     return isinstance(spec, str) and spec.startswith("object:")
 
 
-def _teachers(runs: list[RunResult]) -> list[ModelRecord]:
-    """Each teacher once, with its accuracy where a run of ours tells it."""
+def _teachers(runs: list[RunResult]) -> dict[str, ModelRecord]:
+    """Spec → each teacher once, with its accuracy where a run of ours tells it."""
     from xdfast.reporting import ModelRecord
 
     models: dict[str, ModelRecord] = {}
@@ -185,7 +229,7 @@ def _teachers(runs: list[RunResult]) -> list[ModelRecord]:
         own = Path(spec)
         top1 = load_run(own).metrics.get("top1") if (own / "summary.json").is_file() else None
         models[spec] = ModelRecord(name=model.name, model=model, image_size=model.image_size, role="teacher", top1=top1)
-    return list(models.values())
+    return models
 
 
 def _with_earlier_stages(runs: list[RunResult]) -> Iterator[RunResult]:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from xdfast.reporting.flops import FlopCount, count_flops
 from xdfast.reporting.page import build_report
-from xdfast.reporting.records import ModelRecord, PolicyRecord, Report, RunRecord, VLARecord
+from xdfast.reporting.records import Analysis, ModelRecord, PolicyRecord, Report, RunRecord, VLARecord
 from xdfast.reporting.speed import SpeedTable, compare_speed
 from xdfast.reporting.tables import compare_to_scratch, method_table, summarize
 
 __all__ = [
+    "Analysis",
     "FlopCount",
     "ModelRecord",
     "PolicyRecord",

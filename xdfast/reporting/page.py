@@ -15,11 +15,12 @@ from typing import Any
 
 from xdfast.reporting import content, plots
 from xdfast.reporting.adapt import check_size
+from xdfast.reporting.analysis_page import AnalysisPart, analysis_part
 from xdfast.reporting.embedding import tsne
 from xdfast.reporting.groups import Group, group_runs
 from xdfast.reporting.policy_page import PolicyPart, policy_part
 from xdfast.reporting.policy_words import short
-from xdfast.reporting.records import ModelRecord, PolicyRecord, Report, RunRecord, VLARecord
+from xdfast.reporting.records import Analysis, ModelRecord, PolicyRecord, Report, RunRecord, VLARecord
 from xdfast.reporting.speed import SpeedTable, compare_speed
 from xdfast.reporting.svg import Picture
 from xdfast.reporting.tables import METRICS, accuracy_table, format_difference, format_metric
@@ -48,6 +49,7 @@ def build_report(
     seconds: float | None = None,
     policies: Sequence[PolicyRecord] = (),
     vlas: Sequence[VLARecord] = (),
+    analysis: Analysis | None = None,
 ) -> Report:
     """Writes the page and the JSON.
 
@@ -64,6 +66,7 @@ def build_report(
         seconds: rough limit of the measurement; default: 5 per model and batch size.
         policies: finished runs of robots' policies; the JSON then has ``robot``.
         vlas: finished runs of policies of several tasks, by themselves; the JSON then has ``vla``.
+        analysis: what was looked at beyond accuracy, see :class:`Analysis`; the JSON then has ``analysis``.
 
     Returns:
         :class:`Report`.
@@ -94,6 +97,8 @@ def build_report(
     ]
     part = policy_part(policies) if policies else None
     told = vla_part(vlas) if vlas else None
+    looked = analysis_part(groups, models, names, analysis) if analysis is not None else None
+    warned += analysis.remarks if analysis is not None else []
     data: dict[str, Any] = content.plain(
         {
             "title": title,
@@ -112,10 +117,11 @@ def build_report(
             "environment": content.environment(),
             **({"robot": part.data} if part else {}),
             **({"vla": told.data} if told else {}),
+            **({"analysis": looked.data} if looked else {}),
         }
     )
     pictures = _pictures(groups, cost, data["speed"]) if groups else {section: [] for section in _SECTIONS}
-    page = _render(data, pictures, part, told)
+    page = _render(data, pictures, part, told, looked)
     _write(json_path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     _write(path, page)
     log.info("report written to %s", path)
@@ -245,7 +251,11 @@ def _tradeoff(cost: Sequence[dict[str, Any]], speed: Any) -> Picture | None:
 
 
 def _render(
-    data: dict[str, Any], pictures: dict[str, list[Picture]], part: PolicyPart | None, told: VLAPart | None
+    data: dict[str, Any],
+    pictures: dict[str, list[Picture]],
+    part: PolicyPart | None,
+    told: VLAPart | None,
+    looked: AnalysisPart | None,
 ) -> str:
     import jinja2
     import markupsafe  # comes with jinja2
@@ -280,6 +290,7 @@ def _render(
         data=data,
         pictures=pictures
         | {"success": [], "training": [], "stages": [], "pareto": []}
+        | ({**looked.pictures, "tsne": looked.pictures["tsne"] + pictures["tsne"]} if looked else {})
         | (part.pictures if part else told.pictures if told else {}),
         clips=part.clips if part else told.clips if told else [],
         routes=told.routes if told else [],

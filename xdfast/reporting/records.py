@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-__all__ = ["ModelRecord", "PolicyRecord", "Report", "RunRecord", "VLARecord"]
+__all__ = ["Analysis", "ModelRecord", "PolicyRecord", "Report", "RunRecord", "VLARecord"]
 
 
 @dataclass
@@ -30,6 +30,7 @@ class RunRecord:
         model_name: its architecture.
         skipped: path → reason of images that could not be read.
         steps: optimiser steps over all stages of its training, None if unknown; methods are compared at equal steps.
+        analysis: part → what :class:`Analysis` says of it; empty if it was not looked at.
     """
 
     name: str
@@ -46,6 +47,7 @@ class RunRecord:
     model_name: str = ""
     skipped: dict[str, str] = field(default_factory=dict)
     steps: int | None = None
+    analysis: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -118,6 +120,7 @@ class ModelRecord:
         image_size: side of its square input in pixels.
         role: "teacher" or "student".
         top1: its top-1 accuracy in [0, 1] (of the best method, a mean over seeds), None if unknown.
+        analysis: of a teacher, as of a run.
     """
 
     name: str
@@ -125,6 +128,31 @@ class ModelRecord:
     image_size: int
     role: Literal["teacher", "student"]
     top1: float | None = None
+    analysis: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Analysis:
+    """What was looked at beyond accuracy. The findings are in ``analysis`` of the records of runs and teachers:
+
+    ``cka``: ``rows``, ``columns`` (names of layers), ``before`` (or None) and ``after`` as [row][column], ``images``, ``batch``,
+    ``teacher``. ``saliency``: ``maps`` float [n, S, S] in [0, 1], ``method``, ``said`` and ``right`` of each picture (or None).
+    ``robustness``: ``clean``, ``accuracy`` (corruption → one for each severity), ``mean``, ``images``, ``size``. ``embedding`` of a
+    teacher: as of a run, with ``classes``.
+
+    Attributes:
+        parts: that were asked for.
+        frames: uint8 ``[n, S, S, 3]``, the pictures of the saliency maps; empty without.
+        truths: their classes.
+        measurements: ``key`` and ``values``, for the report's JSON: a later report takes them from there.
+        remarks: what could not be found or done, for people.
+    """
+
+    parts: list[str] = field(default_factory=list)
+    frames: Any = ()
+    truths: list[str] = field(default_factory=list)
+    measurements: list[dict[str, Any]] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 @dataclass
