@@ -21,19 +21,21 @@ def cka_maps(cka: dict[str, Any]) -> Picture:
     Args:
         cka: ``label``, ``teacher``, ``rows``, ``columns``, ``before`` (or None), ``after``, ``images``, ``batch``.
     """
+    import matplotlib
+
     shown = [(title, cka[when]) for when, title in (("before", "before"), ("after", "after")) if cka[when] is not None]
     tables = [np.array([[np.nan if v is None else v for v in row] for row in table], dtype=float) for _, table in shown]
     height, width = tables[0].shape
     cell = 0.3
+    colours = matplotlib.colormaps["cividis"].with_extremes(bad="#8a8f98")  # where there is no value
     figure, axes = new_figure(
         1.9 + len(shown) * (0.5 + max(cell * width, 2.0)), 1.6 + max(cell * height, 1.8), len(shown), sharey=True
     )
     for ax, (title, _), table in zip(axes, shown, tables, strict=True):
         ax.grid(False)
-        ax.set_facecolor("#8a8f9840")  # where there is no value
         image = ax.imshow(
             np.ma.masked_invalid(table),
-            cmap="cividis",
+            cmap=colours,
             vmin=0,
             vmax=1,
             interpolation="nearest",
