@@ -193,6 +193,19 @@ def test_the_papers_blocks_at_four_stages() -> None:
     assert [len(projector.branch.blocks) for projector in task.projectors.values()] == [3, 2, 1, 1]
 
 
+def test_swin_n_from_convnext_t_trains_along_what_tests_nn_counts() -> None:
+    taps = {f"layers.{n}": "logits" for n in range(4)}
+    swin_n = {"embed_dim": 64, "depths": (2, 2, 2, 2), "num_heads": (2, 4, 8, 16)}
+    name = "swin_tiny_patch4_window7_224"
+    student = create_model(name, num_classes=1000, options=swin_n, taps=tuple(taps), pretrained=False)
+    teacher = create_model("convnext_tiny", frozen=True, pretrained=False)
+    task = build_task(config(loss="ofa+rsd", taps=taps), student, teacher, 1000)
+    counts = {key: sum(p.numel() for p in projector.parameters()) for key, projector in task.projectors.items()}
+    assert sum(p.numel() for p in student.parameters()) == 9_599_940
+    assert counts.pop("rsd") == 1_312_768
+    assert sum(counts.values()) == 28_187_040 and len(counts) == 4
+
+
 def test_maps_and_stages_are_cached_as_well(tmp_path) -> None:
     settings = {
         **SETTINGS, "loss": "fitnet+ofa", "teacher": "test_resnet", "student": "test_vit2", "epochs": 2,
