@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from xdfast.losses import BudgetLoss
-from xdfast.nn import GateFunction, GateSchedule, LayerRouter
+from xdfast.nn import BudgetShift, GateFunction, GateSchedule, LayerRouter
 
 
 def test_forward_is_the_equation() -> None:
@@ -206,3 +206,20 @@ def test_a_standardised_router_decides_alone_as_in_company() -> None:
     assert torch.equal(twin.eval()(x), together)
     half = router.eval().bfloat16()(x.bfloat16())
     assert torch.allclose(half.float(), together, atol=0.15)
+
+
+def test_a_router_that_leans_starts_as_static_pruning() -> None:
+    torch.manual_seed(0)
+    influence = torch.tensor([0.5, 0.01, 0.3, 0.02, 0.2, 0.9])
+    router = LayerRouter(8, 6, branches=2, hidden=4)
+    router.lean(influence)
+    assert router.head.bias.unflatten(0, (6, 2))[:, 0].tolist() == pytest.approx([2.6, 1.0, 2.2, 1.4, 1.8, 3.0])
+    tokens = torch.randn(64, 5, 8)
+    assert bool((router(tokens) > 0).all())  # everything on at first
+    router.hold = BudgetShift(0.5, [[1.0, 1.0]] * 6, always_on=())
+    on = (router(tokens) > 0).float().mean((0, 2))
+    assert on[[0, 2, 5]].mean() > 0.9 and on[[1, 3, 4]].mean() < 0.1  # as the three most influential layers alone
+    with pytest.raises(ValueError, match="6 finite numbers"):
+        router.lean(influence[:5])
+    with pytest.raises(ValueError, match="6 finite numbers"):
+        router.lean(influence * float("nan"))

@@ -183,7 +183,7 @@ def test_a_held_budget_is_kept_at_every_update_and_over_an_interruption(
     student, teacher, tmp_path, monkeypatch
 ) -> None:
     settings = {
-        **SMALL, "steps": 20, "target_flops": 0.6, "always_on": (0,), "hold_budget": True, "router_standardise": True,
+        **SMALL, "steps": 20, "target_flops": 0.6, "always_on": (0,), "hold_budget": True, "router_start": "influence",
         "log_every": 1, "checkpoint_seconds": 0.0, "stage1": str(student.path / "stage1"),
     }  # fmt: skip
     run = xdfast.distill(teacher=teacher, out=str(tmp_path / "whole"), **settings)

@@ -129,6 +129,32 @@ class LayerRouter(nn.Module):
         nn.init.normal_(self.head.weight, std=small / self.head.in_features**0.5)
         nn.init.constant_(self.head.bias, self.bias_init)
 
+    @torch.no_grad()
+    def lean(self, influence: Tensor, spread: float = 1.0) -> None:
+        r"""Starts from a preference among layers: the bias of the layer of rank k, from the least influential 0 to L − 1, becomes
+        ``bias_init`` + ``spread`` · (2 k / (L − 1) − 1).
+
+        Under a budget such a router begins as static pruning by that influence, and learns which samples to send otherwise; one
+        that begins even has to find out first which layers matter at all.
+
+        Args:
+            influence: [L], of :func:`xdfast.nn.block_influence`, or any other measure.
+            spread: half the distance between the most and the least influential layer's logits; below ``bias_init`` everything is
+                on at first.
+
+        Raises:
+            ValueError: another shape, or values that are not finite.
+        """
+        if influence.shape != (self.num_layers,) or not bool(influence.isfinite().all()):
+            raise ValueError(
+                f"influence must be {self.num_layers} finite numbers, one per layer, got {list(influence.shape)} "
+                f"{influence.flatten().tolist()[:8]}"
+            )
+        rank = influence.argsort(stable=True).argsort(stable=True)
+        place = 2 * rank.float() / max(self.num_layers - 1, 1) - 1
+        bias = (self.bias_init + spread * place)[:, None].expand(-1, self.branches).flatten()
+        self.head.bias.copy_(bias.to(self.head.bias))
+
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # [B, T, D], [B, T] → [B, L, S]
         self._check(tokens, mask)
         if mask is not None:

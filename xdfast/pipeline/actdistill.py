@@ -80,7 +80,7 @@ def distill_vla(config: ActDistillConfig, teacher: Any = None) -> RunResult:
             config.target_flops,
             routing=config.routing,
             always_on=config.always_on,
-            states=_states(vla, loader, device) if config.routing == "static" else None,
+            states=_states(vla, loader, device) if _by_influence(config) else None,
             lora=config.lora_rank if config.train == "lora" else None,
             router={"hidden": config.router_hidden, "standardise": config.router_standardise},
             seed=config.seed,
@@ -231,6 +231,10 @@ def _batches(loader: ViewLoader, device: torch.device) -> list[Any]:
     return batches
 
 
+def _by_influence(config: ActDistillConfig) -> bool:
+    return config.routing == "static" or (config.routing == "learned" and config.router_start == "influence")
+
+
 @torch.no_grad()
 def _states(vla: Any, loader: ViewLoader, device: torch.device) -> list[torch.Tensor]:
     """h₀ … h_L of the teacher on samples of all tasks."""
@@ -242,7 +246,7 @@ def _exported(net: Any, loader: ViewLoader, config: ActDistillConfig, device: to
     """The student as it acts: adapters merged, the router's threshold set so that the budget holds."""
     student = merge_lora(copy.deepcopy(net)).eval()
     if config.routing == "learned":
-        router = routed_stacks(student)[0].router
+        router: Any = routed_stacks(student)[0].router
         _settle(router, lambda: [_pass(student, batch) for batch in _batches(loader, device)])
         router.fold_budget()
         reached, before = _usage(student, loader, device)

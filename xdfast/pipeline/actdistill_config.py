@@ -75,6 +75,8 @@ class ActDistillConfig(ActingConfig):
     router_lr: float = 1e-3
     router_standardise: bool = False
     """Samples differ in the router's eyes whatever the budget asks (a BatchNorm of its logits): no single path for all."""
+    router_start: Literal["even", "influence"] = "even"
+    """The router prefers no layer at first, or the more influential ones: under hold_budget it then starts as static pruning."""
     hold_budget: bool = False
     """Every update keeps the target exactly: layers and samples compete for it (BudgetShift), instead of the budget's loss."""
 
@@ -102,6 +104,7 @@ class ActDistillConfig(ActingConfig):
             "decisive_weight", "demo_seed", "shift",
         )  # fmt: skip
         self._one_of("routing", ("learned", "static", "random"))
+        self._one_of("router_start", ("even", "influence"))
         self._one_of("train", ("transformer", "all", "lora"))
         self._one_of("cache_dtype", ("float16", "float32"))
         if not 0 < self.target_flops <= 1:

@@ -48,7 +48,8 @@ def derive_student(
             first. ``"static"``: the layers of the greatest block influence run, for every input. ``"random"``: as many, drawn
             for every input.
         always_on: layers that are never skipped.
-        states: h₀ … h_L of the teacher on data, for ``"static"``.
+        states: h₀ … h_L of the teacher on data: needed for ``"static"``; a learned router given them starts from the layers'
+            influence (:meth:`xdfast.nn.LayerRouter.lean`) instead of even.
         lora: rank of adapters in the layers' linear maps, whose own weights are frozen; None: none.
         seed: of the router's weights, of the adapters', or of chance.
         options: further ones of :func:`xdfast.nn.route`; ``router`` takes those of a learned :class:`LayerRouter`.
@@ -75,9 +76,13 @@ def derive_student(
         if lora is not None:
             add_lora(student.layers, lora)
         if hasattr(student, "route"):  # a model that knows better than its list of layers how it is routed
-            return student.route(target_flops, always_on=always_on, router=router, copy=False, **options)
-        options = {"blocks": "layers", "tokens": student.num_tokens, **options}
-        return route(student, target_flops, always_on=always_on, router=router, copy=False, **options)
+            student = student.route(target_flops, always_on=always_on, router=router, copy=False, **options)
+        else:
+            options = {"blocks": "layers", "tokens": student.num_tokens, **options}
+            student = route(student, target_flops, always_on=always_on, router=router, copy=False, **options)
+    if routing == "learned" and states is not None:
+        routed_stacks(student)[0].router.lean(block_influence(states))
+    return student
 
 
 def route_facts(vla: Any) -> dict[str, Any]:
