@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from xdfast.pipeline.actdistill_config import ActDistillConfig
+from xdfast.pipeline.compare import CompareConfig, CompareResult, compare
 from xdfast.pipeline.config import DistillConfig, EvaluateConfig, FinetuneConfig
 from xdfast.pipeline.distill import distill
 from xdfast.pipeline.evaluate import EvaluateResult, evaluate
@@ -16,6 +17,8 @@ from xdfast.pipeline.vla_config import VLAConfig
 
 __all__ = [
     "ActDistillConfig",
+    "CompareConfig",
+    "CompareResult",
     "DistillConfig",
     "EvaluateConfig",
     "EvaluatePolicyConfig",
@@ -24,6 +27,7 @@ __all__ = [
     "PolicyConfig",
     "RunResult",
     "VLAConfig",
+    "compare",
     "distill",
     "evaluate",
     "export",

@@ -261,8 +261,11 @@ def _run_cell(plan: dict[str, Any]) -> None:
         run = distill(DistillConfig.from_dict(plan["config"]))
     else:
         run = finetune(FinetuneConfig.from_dict(plan["config"]))
-    told = json.dumps(_cost(run), indent=2) + "\n"
-    atomic_write(run.path / COST_FILE, lambda aside: aside.write_text(told, encoding="utf-8"))
+    _write(run.path / COST_FILE, json.dumps(_cost(run), indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    atomic_write(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def _cost(run: RunResult) -> dict[str, Any]:
@@ -307,9 +310,8 @@ def _conclude(config: CompareConfig, cells: list[_Cell], failed: dict[str, str])
         "failed": failed,
     }
     if rows:
-        texts = {"compare.json": json.dumps(told, indent=2, default=str) + "\n", "compare.md": markdown(rows)}
-        for name, text in texts.items():
-            atomic_write(out / name, lambda aside, text=text: aside.write_text(text, encoding="utf-8"))
+        _write(out / "compare.json", json.dumps(told, indent=2, default=str) + "\n")
+        _write(out / "compare.md", markdown(rows))
         picture(rows, out / "compare.png")
     reports = {}
     for pair, methods in runs.items() if config.pages else ():

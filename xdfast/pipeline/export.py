@@ -113,6 +113,7 @@ def graphs_of(
     """(what :func:`export` writes, where it comes from); arguments and errors as there."""
     from xdfast.deploy import image_graph, policy_graphs, vla_graph
 
+    found: Any
     found, classes, source = _open(model, image_size)
     kind = _kind(found)
     alien = {

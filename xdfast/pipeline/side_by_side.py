@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from xdfast.progress import ProgressLine
 
@@ -38,7 +38,7 @@ class Job(Protocol):
         entry: ``module:function`` that does it, given :meth:`plan`.
     """
 
-    entry: str
+    entry: ClassVar[str]
 
     @property
     def name(self) -> str: ...

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from xdfast.errors import nearest
-from xdfast.pipeline.config import _Config, load_yaml
+from xdfast.pipeline.config import _Config
 from xdfast.pipeline.evaluate_policy import PolicyEvaluation, load_policy_evaluation
 from xdfast.pipeline.finetune_policy import open_demonstrations
 from xdfast.pipeline.folder import load_run, open_folder
 from xdfast.pipeline.policy_config import EVAL_SEED, PolicyConfig
 from xdfast.pipeline.side_by_side import default_jobs, run_all
-from xdfast.recipes import recipe_path
+from xdfast.recipes import load_recipe
 from xdfast.robot.sim.names import SUITES, suite, task_spec
 
 if TYPE_CHECKING:
@@ -210,8 +210,7 @@ class _Job:
 
 def _jobs(config: SuiteConfig) -> Iterator[_Job]:
     """Seed by seed, so that all encoders and tasks have come as far whenever it is stopped."""
-    values = load_yaml(recipe_path(config.policy))
-    values = {k: v for k, v in values.items() if k not in ("verb", "about")}
+    values = load_recipe(config.policy).settings
     out = Path(config.out).expanduser()
     for seed in range(config.seeds):
         for task in suite_tasks(config.tasks):
