@@ -241,7 +241,11 @@ ext_modules, cmdclass, BuildPy.skipped_because = extension()
 setup(
     packages=[*find_packages(include=["xdfast", "xdfast.*"]), "xdfast.kernels", "xdfast.bench"],
     package_dir={"xdfast": "xdfast", "xdfast.kernels": "kernels", "xdfast.bench": "bench"},
-    package_data={"xdfast": ["py.typed", "recipes/*.yaml"], "xdfast.reporting": ["*.j2"], "xdfast.deploy": ["*.j2"]},
+    package_data={
+        "xdfast": ["py.typed", "recipes/*.yaml", "recipes/*.json"],
+        "xdfast.reporting": ["*.j2"],
+        "xdfast.deploy": ["*.j2"],
+    },
     exclude_package_data={"xdfast": ["*.so", INFO_NAME]},  # built in place by an editable install; never shipped
     ext_modules=ext_modules,
     cmdclass={"build_py": BuildPy, **cmdclass},

@@ -8,9 +8,9 @@ import timm
 from xdfast import ActDistillConfig, DistillConfig, PolicyConfig, VLAConfig, __version__
 from xdfast.cli import main
 from xdfast.data import augment_preset
-from xdfast.pipeline.config import load_yaml
+from xdfast.pipeline.compare import CompareConfig
 from xdfast.pipeline.suite import SuiteConfig
-from xdfast.recipes import recipe_names, recipe_path
+from xdfast.recipes import load_recipe, recipe_names
 
 SMALL = [
     "--data", "sklearn:digits", "--labels-per-class", "8", "--student-size", "32", "--epochs", "1", "--batch-size", "40",
@@ -101,11 +101,14 @@ def test_doctor_runs(capsys) -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_is_a_valid_config(name) -> None:
-    values = load_yaml(recipe_path(name))
-    verb = values.pop("verb")
-    assert values.pop("about")
+    recipe = load_recipe(name)
+    verb, values = recipe.verb, recipe.settings
+    assert recipe.about
     if verb == "suite":
         SuiteConfig.from_dict({"out": "o", "encoders": {"scratch": "resnet18"}, **values}, source=name).validate()
+        return
+    if verb == "compare":
+        CompareConfig.from_dict({"data": "d", "out": "o", **values}, source=name).validate()
         return
     assert verb in ("distill", "finetune")
     if "tasks" in values:
@@ -125,6 +128,6 @@ def test_every_recipe_is_a_valid_config(name) -> None:
 
 
 def test_a_group_norm_recipe_makes_a_student_without_batch_norm() -> None:
-    values = load_yaml(recipe_path("xdistill-imagenet-gn"))
+    values = load_recipe("xdistill-imagenet-gn").settings
     student = timm.create_model(values["student"], **values["student_options"])
     assert not any("BatchNorm" in type(part).__name__ for part in student.modules())

@@ -90,6 +90,7 @@ def test_wheel_holds_every_module_and_its_data(names):
     expected |= {f"xdfast/{room}/{p.name}" for room in ("kernels", "bench") for p in (ROOT / room).glob("*.py")}
     expected.remove("xdfast/bench/conftest.py")
     expected |= {f"xdfast/recipes/{p.name}" for p in (ROOT / "xdfast/recipes").glob("*.yaml")}
+    expected.add("xdfast/recipes/results.json")
     for room in ("reporting", "deploy"):
         expected |= {f"xdfast/{room}/{p.name}" for p in (ROOT / "xdfast" / room).glob("*.j2")}
     assert expected - names == set()

@@ -29,7 +29,7 @@ _VERBS = {
     "demo": "scratch, KD and RSD side by side on real images, with a report",
     "demo-robot": "distilled and from-scratch encoders in a diffusion policy, in closed loop, with a report",
     "bench": "time the losses (rsd) or routed layers (routed) against their rivals on this machine",
-    "recipes": "list the settings that ship with xdfast",
+    "recipes": "list the settings that ship with xdfast; NAME: one, whole; --json",
     "doctor": "versions, devices, backends that would run and why",
 }
 
@@ -77,8 +77,7 @@ def parse_config(cls: Any, args: list[str], verb: str, prog: str = "") -> Any:
     """A config from command-line options over the defaults of ``--recipe``."""
     import tyro
 
-    from xdfast.pipeline.config import load_yaml
-    from xdfast.recipes import recipe_path
+    from xdfast.recipes import load_recipe
 
     values: dict[str, Any] = {}
     rest: list[str] = []
@@ -87,11 +86,10 @@ def parse_config(cls: Any, args: list[str], verb: str, prog: str = "") -> Any:
         name, _, attached = arg.partition("=")
         if name == "--recipe":
             chosen = attached or next(it, "")
-            values = load_yaml(recipe_path(chosen))
-            made_for = values.pop("verb", verb)
-            if made_for != verb:
-                raise ValueError(f"recipe {chosen!r} is for `xdfast {made_for}`, not `xdfast {verb}`")
-            values.pop("about", None)
+            recipe = load_recipe(chosen)
+            if recipe.verb not in (None, verb):
+                raise ValueError(f"recipe {chosen!r} is for `xdfast {recipe.verb}`, not `xdfast {verb}`")
+            values = recipe.settings
         else:
             rest.append(arg)
     values = cls.normalised(values)
@@ -147,11 +145,10 @@ def _names(args: list[str], option: str, *others: str) -> bool:
     """Whether ``--option`` is among the arguments, or the option (or one of ``others``) in the recipe they name."""
     if any(arg == f"--{option}" or arg.startswith(f"--{option}=") for arg in args):
         return True
-    from xdfast.pipeline.config import load_yaml
-    from xdfast.recipes import recipe_path
+    from xdfast.recipes import load_recipe
 
     recipe = _option(args, "--recipe")
-    return recipe is not None and {option, *others} & set(load_yaml(recipe_path(recipe))) != set()
+    return recipe is not None and {option, *others} & set(load_recipe(recipe).settings) != set()
 
 
 def _names_a_run(args: list[str], option: str, *kinds: str) -> bool:
@@ -331,17 +328,9 @@ def _bench(args: list[str]) -> None:
 
 
 def _recipes(args: list[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from xdfast import cli_recipes
 
-    from xdfast.pipeline.config import load_yaml
-    from xdfast.recipes import recipe_names, recipe_path
-
-    table = Table("recipe", "verb", "about", title="xdfast VERB --recipe NAME")
-    for name in recipe_names():
-        values = load_yaml(recipe_path(name))
-        table.add_row(name, values.get("verb", ""), values.get("about", ""))
-    Console().print(table)
+    cli_recipes.main(args)
 
 
 def _doctor(args: list[str]) -> int:

@@ -160,7 +160,9 @@ def _from_file(text: str, image_size: int | None, options: dict[str, Any]) -> tu
     cfg = _registered(name)
     state = read_weights(Path(path).expanduser())
     heads = cfg.classifier if isinstance(cfg.classifier, (tuple, list)) else (cfg.classifier,)
-    rows = [state[f"{head}.weight"].shape[0] for head in heads if head and f"{head}.weight" in state]
+    # files of older timm name the classifier of Swin "head", which is "head.fc" now
+    heads = [name for head in heads if head for name in dict.fromkeys((head, head.removesuffix(".fc")))]
+    rows = [state[f"{head}.weight"].shape[0] for head in heads if f"{head}.weight" in state]
     classes = rows[0] if rows else 0
     size, sized = _sized(cfg, name, image_size, options)
     overlay = {"state_dict": state, "num_classes": classes, "label_offset": 0, "custom_load": False}

@@ -14,6 +14,7 @@ import yaml
 
 from xdfast.data.decoder import DECODERS
 from xdfast.errors import nearest
+from xdfast.recipes.load import load_yaml
 from xdfast.settings import FREE_SETTINGS
 
 __all__ = [
@@ -405,25 +406,6 @@ class EvaluateConfig(_DataConfig):
         self._validate_data()
         self._not_negative("knn")
         self._positive("probe_samples")
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Settings from a YAML file.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not a mapping of settings.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no settings file {path}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold `setting: value` lines, got {type(values).__name__}")
-    return values
 
 
 def save_yaml(path: Path, values: dict[str, Any]) -> None:
