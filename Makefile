@@ -136,6 +136,7 @@ figures: $(STAMP)
 	@"$(BIN)/python" -m xdfast.bench.table README.md bench/results/cpu/rsd.json
 	@"$(BIN)/python" -m xdfast.bench.routed_table README.md bench/results/cpu/routed.json B=16 exact 1 0.5 0.25
 	@"$(BIN)/python" -m xdfast.bench.routed_table docs/routed.md bench/results/cpu/routed.json
+	@"$(BIN)/python" -m xdfast.bench.recipes
 
 # Material for MkDocs announces a MkDocs 2 that pyproject.toml does not allow.
 docs: $(STAMP)
