@@ -95,7 +95,8 @@ def find_class_folders(tree: Tree, split: str) -> ClassFolders:
         return _read(tree, base, part=None)
     val = _val_folder(tree, base, by_lower)
     if val is None:
-        log.info("%s has %s/ but no val/: a part is split off, unless val_data names validation images", shown, PurePosixPath(train).name)
+        told = "%s has %s/ but no val/: a part is split off, unless val_data names validation images"
+        log.info(told, shown, PurePosixPath(train).name)
         return _read(tree, train, part=None)
     classes, other = tree.folders(train), tree.folders(val)
     if classes and other and classes != other:
