@@ -3,6 +3,7 @@
 #   VENV=folder     another virtual environment (made if missing); default .venv
 #   PYTHON=python   the interpreter a new environment is made from; default: the first of python3, python3.x that is >= 3.10
 #   ARGS="..."      passed on, e.g. make test ARGS="tests/ops -k rsd"
+#   WORKERS=n       test files that run at a time; default: one per core
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -13,6 +14,7 @@ MAKEFLAGS += --no-print-directory
 export PYTHONSAFEPATH := 1
 
 VENV ?= .venv
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTHON ?=
 ARGS ?=
 BIN := $(VENV)/bin
@@ -84,8 +86,9 @@ demo: $(STAMP)
 demo-robot: $(STAMP)
 	@"$(BIN)/xdfast" demo-robot $(if $(TEACHER),--teacher "$(TEACHER)") $(if $(TASK),--task "$(TASK)") $(ARGS)
 
+# Several files at a time, with one thread each: most of a test's time is a process that starts, not arithmetic.
 test: $(STAMP)
-	@"$(BIN)/pytest" $(ARGS)
+	@OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}" "$(BIN)/pytest" -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)
 	@"$(BIN)/pytest" -m "slow and not gpu" $(ARGS)
