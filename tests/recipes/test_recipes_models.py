@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from recipe_parts import config_of, distillations
 from timm.models import ConvNeXt, EfficientNet, MlpMixer, ResNet, SwinTransformer, VisionTransformer
 
 from xdfast.models import create_model, save_student
@@ -35,21 +36,6 @@ CIFAR += [(t, "resmlp-s12") for t in ("convnext-t", "swin-t")]
 IMAGENET = [(t, s) for t in ("deit-t", "swin-t", "mixer-b") for s in ("resnet18", "mobilenetv2")]
 IMAGENET += [(t, s) for t in ("resnet50", "convnext-t", "mixer-b") for s in ("deit-t", "swin-n")]
 IMAGENET += [(t, "resmlp-s12") for t in ("resnet50", "convnext-t", "swin-t")]
-
-#: Recipes that a teacher is trained for first: it is given as a run's folder.
-OWN_TEACHER = {"xdistill-cifar10": "resnet18"}
-
-
-def config_of(name: str) -> DistillConfig:
-    recipe = load_recipe(name)
-    given = {**recipe.needs, "out": "o", **recipe.settings}
-    given["teacher"] = OWN_TEACHER.get(name, given["teacher"]).partition("@")[0]
-    return DistillConfig.from_dict(given, source=name)
-
-
-def distillations() -> list[str]:
-    recipes = [load_recipe(name) for name in recipe_names()]
-    return [r.name for r in recipes if r.verb == "distill" and "target_flops" not in r.settings]
 
 
 def on_meta(name: str, classes: int) -> tuple[DistillConfig, torch.nn.Module, torch.nn.Module]:
