@@ -228,7 +228,8 @@ def routed(slow: bool) -> tuple[dict[str, Any], StandIns]:
         "fc1": nn.Linear(width, 4 * width),
         "fc2": nn.Linear(4 * width, width),
     }
-    return names, StandIns({DINOV2: "test_vit"}, {"timm.create_model": {"pretrained": False}})
+    settings = {"timm.create_model": {"pretrained": False}, "stack.flops": {"tokens": tokens}}
+    return names, StandIns({DINOV2: "test_vit"}, settings)
 
 
 def vla(slow: bool) -> tuple[dict[str, Any], StandIns]:

@@ -309,7 +309,9 @@ def test_a_row_does_not_depend_on_which_others_are_active_nor_a_run_on_the_last(
         full[p.rows] = torch.cat((got.outputs[0][8][: p.n], back["dh"][: p.n]), 1)
         results.append((p, full, back["dweight"]))
     (p, some, _), (_, every, first), (_, again, second) = results
-    assert torch.equal(some[p.rows], every[p.rows]) and p.n < len(x)
+    # Not to the bit: rows lie elsewhere in their tiles, whose products are NumPy's here (the GPU tests ask for the bits).
+    close(some[p.rows], every[p.rows], 1e-6)
+    assert p.n < len(x)
     assert torch.equal(every, again) and torch.equal(first, second)
 
 

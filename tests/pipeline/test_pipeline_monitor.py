@@ -90,7 +90,7 @@ def test_the_sample_is_the_same_in_every_run() -> None:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        ("mse+rds", "Did you mean 'rsd'?"),
+        ("mse+rds", "Did you mean 'rsd'"),
         ("mse+mse", "comes twice"),
         ("rsd:much", "must be a number ≥ 0, got 'much'"),
         ("rsd:-1", "must be a number ≥ 0, got '-1'"),
