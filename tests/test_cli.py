@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import timm
 
@@ -131,3 +134,12 @@ def test_a_group_norm_recipe_makes_a_student_without_batch_norm() -> None:
     values = load_recipe("xdistill-imagenet-gn").settings
     student = timm.create_model(values["student"], **values["student_options"])
     assert not any("BatchNorm" in type(part).__name__ for part in student.modules())
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    """`xdfast --help | head -1`."""
+    code = "import sys; from xdfast.cli import main; sys.exit(main(['recipes', '--json']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait(120) == 1 and "Traceback" not in error and "BrokenPipe" not in error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -36,6 +37,16 @@ _VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status. Errors a user can mend are one line, without a traceback."""
+    try:
+        status = _run(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor does the interpreter's last flush complain
+        return 1
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("timm").setLevel(logging.WARNING)  # it announces every file it loads
@@ -61,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
-        if verbose:
+        if verbose or isinstance(error, BrokenPipeError):
             raise
         print(f"xdfast {verb}: {error}\n(--traceback shows where)", file=sys.stderr)
         return 1
@@ -308,7 +319,6 @@ class _BenchOptions:
 
 
 def _bench(args: list[str]) -> None:
-    import os
 
     import tyro
 
