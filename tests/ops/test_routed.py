@@ -273,3 +273,16 @@ def test_a_list_of_another_batch_does_not_read_foreign_memory() -> None:
     rows = routed_op.implementation(x).rows
     with pytest.raises((ValueError, IndexError), match="another batch|out of range"):
         rows.gather_norm(x, None, None, index, 2, 2, "layer", 1e-6, False)
+
+
+@backends
+@pytest.mark.parametrize("linear", [True, False])
+def test_rows_that_the_host_cannot_know_to_be_unlisted_teach_nothing(poisoned_memory, backend, linear) -> None:
+    """Found by tests/hardening: their gradient was memory that nobody had written."""
+    route = route_of([False, True, False], 2, known=False)
+    x, h = torch.randn(6, 5), torch.randn(route.capacity, 5, requires_grad=True)
+    weight = torch.randn(5, 5) if linear else None
+    with xdfast.backend(backend):
+        y = routed_residual(x, h, route) if weight is None else routed_linear_residual(x, h, weight, None, route)
+        (gradient,) = torch.autograd.grad(y.sum(), h)
+    assert route.capacity == 6 and gradient[:2].all() and not gradient[2:].any()

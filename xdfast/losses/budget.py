@@ -67,7 +67,7 @@ class BudgetLoss(nn.Module):
         ValueError: a target outside (0, 1], or below what the layers that are always on cost; costs of another shape,
             negative, not finite or all zero; a layer of ``always_on`` that is not there; unknown norm; NaN gates
             (on the CPU, where looking does not wait); ``decisive`` without probabilities.
-        TypeError: gates that are not floating point.
+        TypeError: gates or probabilities that are not floating point.
 
     Reference:
         Balance: "ActDistill", arXiv 2511.18082, router loss.
@@ -137,6 +137,11 @@ class BudgetLoss(nn.Module):
                 "decisive needs the probabilities of the gates: criterion(gates, gate.probabilities(logits))"
             )
         if probabilities is not None and (self.decisive or self.return_components):
+            if not isinstance(probabilities, Tensor) or not probabilities.dtype.is_floating_point:
+                got = getattr(probabilities, "dtype", type(probabilities).__name__)
+                raise TypeError(f"probabilities must be a floating-point tensor like the gates, got {got}")
+            if probabilities.device != gates.device:
+                raise ValueError(f"probabilities must be on {gates.device} like the gates, got {probabilities.device}")
             if probabilities.shape != gates.shape:
                 raise ValueError(
                     f"probabilities must have the shape of the gates, {list(gates.shape)}, got {list(probabilities.shape)}"

@@ -64,11 +64,12 @@ def routed_ln_linear(
     flat = _check(x, route)
     check_choice("norm", norm, NORMS)
     check_choice("act", act, ACTIVATIONS)
+    _check_tensor("weight", weight, flat)
     if weight.dim() != 2 or weight.shape[1] != flat.shape[1] or (act == "swiglu" and weight.shape[0] % 2):
         raise ValueError(
             f"weight must be [F, {flat.shape[1]}] (swiglu: [2F, …]) for x of width {flat.shape[1]}, got {list(weight.shape)}"
         )
-    _check_vector("bias", bias, weight.shape[0])
+    _check_vector("bias", bias, weight.shape[0], flat)
     return _ln_linear(flat, weight, bias, route, norm_weight, norm_bias, norm, eps, act)
 
 
@@ -92,8 +93,8 @@ def _ln_linear(
     norm_bias: Tensor | None, norm: str, eps: float, act: str,
 ) -> Tensor:  # fmt: skip
     width = x.shape[1]
-    _check_vector("norm_weight", norm_weight, width)
-    _check_vector("norm_bias", norm_bias, width)
+    _check_vector("norm_weight", norm_weight, width, x)
+    _check_vector("norm_bias", norm_bias, width, x)
     if norm == "rms" and norm_bias is not None:
         raise ValueError("RMSNorm has no bias; leave norm_bias out")
     weight, bias = _cast(x, weight), _cast(x, bias)
@@ -128,7 +129,7 @@ def routed_linear_residual(
         ValueError: widths that do not fit, a list of another batch.
     """
     flat = _check(x, route)
-    _check_second(flat, h, weight, bias)
+    _check_second(flat, h, weight, bias, route)
     out = linear_residual_op(
         flat, h, _cast(x, weight), _cast(x, bias), route.gate, route.index, route.count, *_size(route)
     )
@@ -141,21 +142,21 @@ def routed_linear_residual_(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor |
     Raises:
         RuntimeError: a gradient is recorded, or x cannot be viewed as a matrix [R, D].
     """
-    _check_second(_check(x, route), h, weight, bias)
+    _check_second(_check(x, route), h, weight, bias, route)
     return _in_place(x, h, _cast(x, weight), _cast(x, bias), route)
 
 
 def routed_residual(x: Tensor, y: Tensor, route: RouteList) -> Tensor:
     """x with ``route.gate`` · y [capacity, D] added to the listed rows: any branch behind :func:`routed_norm`."""
     flat = _check(x, route)
-    _check_second(flat, y, None, None)
+    _check_second(flat, y, None, None, route)
     out = linear_residual_op(flat, y, None, None, route.gate, route.index, route.count, *_size(route))
     return out.view(x.shape)
 
 
 def routed_residual_(x: Tensor, y: Tensor, route: RouteList) -> Tensor:
     """:func:`routed_residual` in place, without a gradient."""
-    _check_second(_check(x, route), y, None, None)
+    _check_second(_check(x, route), y, None, None, route)
     return _in_place(x, y, None, None, route)
 
 
@@ -198,10 +199,14 @@ def routed_attention(
         [M, H, d] contiguous; rows beyond the last offset mean nothing.
 
     Raises:
-        ValueError: shapes that do not fit, causal attention with other keys than queries.
+        TypeError: q, k and v are no floating-point tensors of one dtype, offsets no int32 tensors.
+        ValueError: shapes or devices that do not fit, causal attention with other keys than queries.
         RuntimeError: on a GPU float32 with samples of different lengths, which flash attention does not take.
     """
     for name, t in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, t, q)
+        if t.dtype != q.dtype:
+            raise TypeError(f"q, k and v must have one dtype, got {q.dtype} and {t.dtype} of {name}")
         if t.dim() != 3:
             raise ValueError(f"{name} must be [rows, heads, width], got {list(t.shape)}")
     if k.shape != v.shape or q.shape[2] != k.shape[2] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
@@ -211,6 +216,9 @@ def routed_attention(
         )
     if causal and offsets_k is not None and offsets_k is not offsets_q:
         raise ValueError("causal attention needs the same rows as queries and keys; leave offsets_k out")
+    _check_offsets("offsets_q", offsets_q, q)
+    if offsets_k is not None and offsets_k is not offsets_q:
+        _check_offsets("offsets_k", offsets_k, q)
     offsets_k = offsets_q if offsets_k is None else offsets_k
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else float(scale)
     if q.device.type == "cuda":
@@ -267,6 +275,8 @@ def _check(x: Tensor, route: RouteList) -> Tensor:
         )
     if x.dim() not in (2, 3):
         raise ValueError(f"x must be [rows, D] or [B, T, D], got {list(x.shape)}")
+    if x.device != route.index.device:
+        raise ValueError(f"x must be on {route.index.device} like the plan, got {x.device}")
     flat = x.reshape(-1, x.shape[-1])
     rows = route.index.numel() * route.rows_per_unit
     if flat.shape[0] != rows:
@@ -277,16 +287,40 @@ def _check(x: Tensor, route: RouteList) -> Tensor:
     return flat
 
 
-def _check_vector(name: str, t: Tensor | None, size: int) -> None:
-    if t is not None and t.shape != (size,):
+def _check_tensor(name: str, t: Tensor, x: Tensor) -> None:
+    if not isinstance(t, Tensor) or not t.dtype.is_floating_point:
+        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on {x.device}, got {t.device}; use {name}.to({str(x.device)!r})")
+
+
+def _check_vector(name: str, t: Tensor | None, size: int, x: Tensor) -> None:
+    if t is None:
+        return
+    _check_tensor(name, t, x)
+    if t.shape != (size,):
         raise ValueError(f"{name} must have shape [{size}], got {list(t.shape)}")
 
 
-def _check_second(x: Tensor, h: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+def _check_offsets(name: str, offsets: Tensor, q: Tensor) -> None:
+    if not isinstance(offsets, Tensor) or offsets.dtype != torch.int32:
+        got = offsets.dtype if isinstance(offsets, Tensor) else type(offsets).__name__
+        raise TypeError(f"{name} must be an int32 tensor [B + 1], got {got}")
+    if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.device != q.device:
+        raise ValueError(f"{name} must have shape [B + 1] on {q.device}, got {list(offsets.shape)} on {offsets.device}")
+
+
+def _check_second(x: Tensor, h: Tensor, weight: Tensor | None, bias: Tensor | None, route: RouteList) -> None:
     width = x.shape[1]
+    _check_tensor("h", h, x)
+    if weight is not None:
+        _check_tensor("weight", weight, x)
     if h.dim() != 2 or (h.shape[1] != width if weight is None else weight.shape != (width, h.shape[1])):
         raise ValueError(
             f"h {list(h.shape)} and weight {None if weight is None else list(weight.shape)} must be [rows, K] and "
             f"[{width}, K] to be added to x of width {width}"
         )
-    _check_vector("bias", bias, width)
+    if h.shape[0] < route.capacity:
+        raise ValueError(f"h must hold the {route.capacity} rows of the list, got {list(h.shape)}")
+    _check_vector("bias", bias, width, x)

@@ -24,6 +24,8 @@ class _SampleAttention:
     def forward(
         q: Tensor, k: Tensor, v: Tensor, offsets_q: Tensor, offsets_k: Tensor, scale: float, causal: bool
     ) -> tuple[Tensor, Tensor]:
+        _check_rise("offsets_q", offsets_q, q.shape[0])
+        _check_rise("offsets_k", offsets_k, k.shape[0])
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_empty(q.shape[:2], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
         for rows_q, rows_k, shape in _groups(offsets_q, offsets_k):
@@ -51,6 +53,13 @@ class _SampleAttention:
                 part = part.transpose(1, 2).flatten(0, 1)  # [rows, H, d]; grouped heads add up
                 total[rows_k] = part.unflatten(1, (total.shape[1], -1)).sum(2)
         return dq, dk, dv
+
+
+def _check_rise(name: str, offsets: Tensor, rows: int) -> None:
+    """As csrc/cpu/attention.cpp does: a plan of another batch is told before it cuts the rows wrong."""
+    ends = offsets.tolist()
+    if ends[0] != 0 or ends[-1] > rows or ends != sorted(ends):
+        raise ValueError(f"{name} must rise from 0 to at most {rows} rows, got {ends}")
 
 
 def _groups(offsets_q: Tensor, offsets_k: Tensor) -> list[tuple[slice, slice, tuple[int, int, int]]]:

@@ -107,7 +107,8 @@ class ComposedRouted:
             dweight = gated.T @ taken if wanted[1] else dweight
             dbias = gated.sum(0) if wanted[2] else dbias
         if wanted[0]:
-            dh = _padded(back if per_row is None else back * per_row, h.shape[0])
+            # rows beyond the listed ones do not enter the result: whatever made h must not learn from what lies there
+            dh = functional.pad(back if per_row is None else back * per_row, (0, 0, 0, h.shape[0] - n))
         return dh, dweight, dbias, dgate
 
     def _activate(self, y: Tensor, act: str, *, in_place: bool) -> Tensor:
