@@ -138,19 +138,31 @@ def _from_folder(folder: Path, image_size: int | None, options: dict[str, Any]) 
         config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} is damaged ({error}); copy or write the model again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} is damaged (it holds a {type(config).__name__}); copy or write the model again")
     if "architecture" not in config:
         module = config.get("xdfast", {}).get("module", "an unknown module")
         raise ValueError(
             f"{folder} holds the weights of {module}, which timm cannot rebuild: make the module yourself, load "
             f"{folder / 'model.safetensors'} with safetensors.torch.load_model, and pass the module"
         )
-    cfg = config.get("pretrained_cfg", config)
-    saved = dict(config.get("model_args") or {})
-    size = image_size or int(cfg.get("input_size", (3, 224, 224))[-1])
-    if cfg.get("fixed_input_size"):
-        saved["img_size"] = size
-    saved |= options
-    net = _build(f"local-dir:{folder}", config["architecture"], pretrained=True, source=str(folder), **saved)
+    try:
+        cfg = config.get("pretrained_cfg", config)
+        saved = dict(config.get("model_args") or {})
+        size = image_size or int(cfg.get("input_size", (3, 224, 224))[-1])
+        if cfg.get("fixed_input_size"):
+            saved["img_size"] = size
+        saved |= options
+        net = _build(f"local-dir:{folder}", config["architecture"], pretrained=True, source=str(folder), **saved)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    except Exception as error:  # a damaged file makes timm and safetensors raise almost any type
+        raise CheckpointError(
+            f"the model in {folder} cannot be built again ({type(error).__name__}: {error}); {CONFIG_FILE} or the weights beside "
+            "it are damaged: copy or write the model again"
+        ) from error
     _remember(net, saved)
     return config["architecture"], net, size
 

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from xdfast import distributed
 from xdfast.losses import create_loss, parse_losses
 from xdfast.models import FeatureModel, create_model
-from xdfast.models.checkpoint import atomic_write
+from xdfast.models.checkpoint import CheckpointError, atomic_write
 from xdfast.pipeline.config import EvaluateConfig
 from xdfast.pipeline.data import eval_loader, open_images
-from xdfast.pipeline.folder import RunResult, load_run, model_source
+from xdfast.pipeline.folder import RunResult, load_run, model_source, read_record
 from xdfast.pipeline.journal import ProgressLine
 from xdfast.pipeline.policy_config import EvaluatePolicyConfig
 from xdfast.pipeline.probes import knn_accuracy, linear_cka, linear_probe_accuracy
@@ -339,14 +339,22 @@ def _write(result: EvaluateResult, out: Path) -> None:
 
 
 def load_evaluation(path: Path) -> EvaluateResult | None:
-    """What an earlier ``evaluate`` left in a run's folder, or None."""
+    """What an earlier ``evaluate`` left in a run's folder, or None.
+
+    Raises:
+        CheckpointError: one of its files is damaged.
+    """
     file = path / "evaluation.json"
     if not file.is_file():
         return None
-    values = json.loads(file.read_text(encoding="utf-8"))
+    known = [field.name for field in dataclasses.fields(EvaluateResult)]
+    values = read_record(file, {"model": str, "metrics": dict}, known)
     values["path"] = path
     result = EvaluateResult(**values)
     if (path / "embedding.npz").is_file():
-        with np.load(path / "embedding.npz") as arrays:
-            result.embedding = {key: arrays[key] for key in arrays.files}
+        try:
+            with np.load(path / "embedding.npz") as arrays:
+                result.embedding = {key: arrays[key] for key in arrays.files}
+        except Exception as error:  # a damaged archive makes zipfile, zlib and numpy raise almost any type
+            raise CheckpointError(f"{path / 'embedding.npz'} is damaged ({error}); evaluate the run again") from error
     return result

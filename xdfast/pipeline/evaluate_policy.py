@@ -17,7 +17,7 @@ from xdfast import distributed
 from xdfast._optional import require
 from xdfast.models import weights_hash
 from xdfast.models.checkpoint import atomic_write
-from xdfast.pipeline.folder import RunResult, load_run
+from xdfast.pipeline.folder import RunResult, load_run, read_record
 from xdfast.pipeline.policy_config import EvaluatePolicyConfig
 from xdfast.progress import ProgressLine
 from xdfast.reporting.intervals import wilson_interval
@@ -184,11 +184,17 @@ def evaluate_policy(
 
 
 def load_policy_evaluation(path: Path) -> PolicyEvaluation | None:
-    """What an earlier ``evaluate`` left in a policy's folder, or None."""
+    """What an earlier ``evaluate`` left in a policy's folder, or None.
+
+    Raises:
+        CheckpointError: its file is damaged.
+    """
     file = path / EVALUATION_FILE
     if not file.is_file():
         return None
-    return PolicyEvaluation(**{**json.loads(file.read_text(encoding="utf-8")), "path": path})
+    known = [field.name for field in dataclasses.fields(PolicyEvaluation)]
+    values = read_record(file, {"model": str, "task": str, "metrics": dict}, known)
+    return PolicyEvaluation(**{**values, "path": path})
 
 
 def _told_policy(policy: Any, config: EvaluatePolicyConfig, name: str) -> DiffusionPolicy | InstructedVLA:

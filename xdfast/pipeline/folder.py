@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +24,11 @@ from typing import Any
 
 from xdfast import distributed
 from xdfast.models import FeatureModel, create_model
-from xdfast.models.checkpoint import atomic_write
+from xdfast.models.checkpoint import CheckpointError, atomic_write
 from xdfast.pipeline.config import RunConfig, load_yaml, save_yaml
 from xdfast.pipeline.journal import read_history
 
-__all__ = ["RunResult", "finish", "load_run", "model_source", "open_folder"]
+__all__ = ["RunResult", "finish", "load_run", "model_source", "open_folder", "read_record"]
 
 log = logging.getLogger("xdfast")
 
@@ -197,6 +198,8 @@ def load_run(path: str | Path) -> RunResult:
 
     Raises:
         FileNotFoundError: no run there, or one that is not finished.
+        CheckpointError: summary.json is damaged.
+        ValueError: config.yaml is damaged.
     """
     path = Path(path)
     if not (path / "summary.json").is_file():
@@ -207,10 +210,32 @@ def load_run(path: str | Path) -> RunResult:
         )
         raise FileNotFoundError(f"{path} holds {state} (no summary.json)")
     config = load_yaml(path / "config.yaml")
-    summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    summary = read_record(path / "summary.json", {"kind": str, "metrics": dict, "bad_images": dict})
     kind = config.pop("kind", summary["kind"])
     config.pop("weights", None)
     return RunResult(kind, path, config, summary["metrics"], summary["bad_images"])
+
+
+def read_record(file: Path, fields: dict[str, type], known: Collection[str] = ()) -> dict[str, Any]:
+    """A JSON file that a verb wrote; ``fields`` are those it must have, ``known`` all that it can have (empty: any).
+
+    Raises:
+        CheckpointError: damaged; the message names file and way out.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # of UnicodeDecodeError and JSONDecodeError as well
+        reason = str(error)
+    else:
+        if not isinstance(values, dict):
+            reason = f"it holds a {type(values).__name__}"
+        else:
+            wrong = [name for name, kind in fields.items() if not isinstance(values.get(name), kind)]
+            strange = [name for name in values if known and name not in known]
+            if not wrong and not strange:
+                return values
+            reason = f"{', '.join(wrong)} missing or of another type" if wrong else f"nothing has {', '.join(strange)}"
+    raise CheckpointError(f"{file} is damaged ({reason}); delete it and give the command that wrote it again")
 
 
 def model_source(value: Any) -> Any:

@@ -16,14 +16,21 @@ log = logging.getLogger("xdfast")
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line cut by a kill is left out."""
+    """Rows of a metrics.jsonl; a last line cut by a kill, and any other that holds no row, is told and left out."""
     rows = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        # a damaged byte costs its line, not the file
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+            if not line.strip():
+                continue
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                log.warning("%s: an unfinished line is left out", path)
+                row = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict):
+                rows.append(row)
+            else:
+                log.warning("%s: line %d is unfinished or damaged and is left out", path, number)
     return rows
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from xdfast import distributed
 from xdfast.data import Batch
-from xdfast.models.checkpoint import load_resume, save_resume
+from xdfast.models.checkpoint import CheckpointError, load_resume, save_resume
 from xdfast.pipeline.ahead import Ready, ahead, lane_for
 from xdfast.pipeline.config import RunConfig
 from xdfast.pipeline.journal import Journal, ProgressLine
@@ -102,6 +102,11 @@ def train(
     resume_path = out / RESUME_FILE
     if resume_path.is_file():
         saved = load_resume(resume_path)
+        lacking = [key for key in ("identity", "scaler", "bad", "state") if key not in saved]
+        if lacking:
+            raise CheckpointError(
+                f"{resume_path} is damaged or not a resume file (it lacks {', '.join(lacking)}); delete it to start the run again"
+            )
         _check_identity(saved["identity"], identity, resume_path)
         model.load(saved, optimizer)
         scaler.load_state_dict(saved["scaler"])
