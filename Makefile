@@ -24,7 +24,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^ *\("torch\(vision\)\{0,1\}>=[^"]*"\),.*/\1/p' pyproject.toml)
 INPUTS := pyproject.toml setup.py $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \))
 
-.PHONY: help install install-robot demo demo-robot test test-slow test-gpu bench bench-data bench-cache bench-robot bench-policy bench-routed bench-actdistill bench-gpu figures docs docs-serve lint format build clean
+.PHONY: help install install-robot demo demo-robot test test-slow test-gpu bench bench-data bench-cache bench-robot bench-policy bench-routed bench-actdistill bench-gpu harden figures docs docs-serve lint format build clean
 
 help:
 	@echo "make demo        train a small student from a teacher on real images, write a report (about 4 minutes on 2 cores)"
@@ -37,6 +37,7 @@ help:
 	@echo "make bench-robot frames/s of simulated tasks; writes bench/results/cpu/robot_sim.json"
 	@echo "make bench-routed layers that are skipped, against dense ones and other ways to skip (about 12 minutes)"
 	@echo "make bench-actdistill a VLA, its student with half of the layers and two baselines in closed loop (hours; RUNS=folder)"
+	@echo "make harden      drawn cases of every loss and op, damaged files; writes bench/results/cpu/hardening.json (PARTS=\"losses ops\")"
 	@echo "make figures     the tables of README and docs from bench/results"
 	@echo "make docs        the documentation site in site/, warnings are errors      make docs-serve   while you write"
 	@echo "make lint        ruff, import rules, types          make format   let ruff rewrite"
@@ -134,6 +135,10 @@ bench-actdistill: $(STAMP)
 
 bench-gpu: $(STAMP)
 	@PYTHON="$(BIN)/python" bash bench/gpu.sh
+
+harden: $(STAMP)
+	@mkdir -p bench/results/cpu
+	@"$(BIN)/python" -m xdfast.bench.hardening $(PARTS)
 
 figures: $(STAMP)
 	@"$(BIN)/python" -m xdfast.bench.table README.md bench/results/cpu/rsd.json

@@ -121,3 +121,25 @@ def test_bad_input() -> None:
     gates[1, 2] = float("nan")
     with pytest.raises(ValueError, match="1 of 6 gates are NaN"):
         criterion(gates)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_probabilities_of_half_precision_are_multiplied_in_float32(dtype) -> None:
+    """Found by tests/hardening: the products were rounded to 8 bits before their mean."""
+    gates, p = torch.rand(2, 47, 5, 3).to(dtype)
+    criterion = BudgetLoss(0.5, decisive=1.0)
+    expected = criterion(gates.double(), p.double())
+    assert criterion(gates, p).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (torch.ones(2, 3, 1, dtype=torch.int64), TypeError, "floating-point tensor like the gates, got torch.int64"),
+        ([0.5], TypeError, "floating-point tensor like the gates, got list"),
+        (torch.ones(2, 3, 1, device="meta"), ValueError, "probabilities must be on cpu like the gates, got meta"),
+    ],
+)
+def test_bad_probabilities(bad, error, message) -> None:
+    with pytest.raises(error, match=message):
+        BudgetLoss(0.5, decisive=1.0)(torch.ones(2, 3, 1), bad)

@@ -286,3 +286,11 @@ def test_rows_that_the_host_cannot_know_to_be_unlisted_teach_nothing(poisoned_me
         y = routed_residual(x, h, route) if weight is None else routed_linear_residual(x, h, weight, None, route)
         (gradient,) = torch.autograd.grad(y.sum(), h)
     assert route.capacity == 6 and gradient[:2].all() and not gradient[2:].any()
+
+
+@backends
+def test_an_empty_list_takes_h_of_any_strides(backend) -> None:
+    """Found by tests/hardening: contiguous() does nothing to a tensor without elements."""
+    x, route = torch.randn(4, 5), route_of([False, False], 2)
+    with xdfast.backend(backend):
+        assert torch.equal(routed_residual(x, torch.ones(0, 10)[:, ::2], route), x)

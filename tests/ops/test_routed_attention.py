@@ -107,3 +107,37 @@ def test_causal_attention_to_other_keys_is_refused() -> None:
         routed_attention(q, q, q, offsets, offsets.clone(), causal=True)
     with pytest.raises((ValueError, IndexError, RuntimeError), match="offsets|out of range|exceed|invalid|size"):
         routed_attention(q, q, q, torch.tensor([0, 9], dtype=torch.int32))
+
+
+@backends
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": [[1.0]]}, TypeError, "q must be a floating-point tensor, got list"),
+        ({"k": torch.ones(6, 2, 8, device="meta")}, ValueError, "k must be on cpu, got meta"),
+        ({"v": torch.ones(6, 2, 8).half()}, TypeError, "must have one dtype, got torch.float32 and torch.float16 of v"),
+        (
+            {"offsets_q": torch.tensor([0, 6])},
+            TypeError,
+            r"offsets_q must be an int32 tensor \[B \+ 1\], got torch.int64",
+        ),
+        ({"offsets_q": torch.zeros(2, dtype=torch.int32, device="meta")}, ValueError, r"on cpu, got \[2\] on meta"),
+        ({"offsets_q": torch.tensor([0, 4, 2], dtype=torch.int32)}, ValueError, "must rise from 0 to at most 6 rows"),
+        ({"offsets_q": torch.tensor([0, 7], dtype=torch.int32)}, ValueError, "must rise from 0 to at most 6 rows"),
+    ],
+)
+def test_what_belongs_to_another_batch_is_told(backend, change, error, message) -> None:
+    """Found by tests/hardening: what was told of them came from torch, and not of what is wrong."""
+    good = {name: torch.ones(6, 2, 8) for name in "qkv"} | {"offsets_q": torch.tensor([0, 6], dtype=torch.int32)}
+    with xdfast.backend(backend), pytest.raises(error, match=message):
+        routed_attention(**{**good, **change})
+
+
+@backends
+def test_no_rows_of_any_strides(backend) -> None:
+    """Found by tests/hardening: contiguous() does nothing to a tensor without elements."""
+    with xdfast.backend(backend):
+        q = torch.ones(0, 2, 16)[..., ::2].requires_grad_()
+        out = routed_attention(q, q, q, torch.zeros(3, dtype=torch.int32))
+        out.sum().backward()
+    assert out.shape == (0, 2, 8) and q.grad.shape == (0, 2, 8)

@@ -146,7 +146,8 @@ class BudgetLoss(nn.Module):
                 raise ValueError(
                     f"probabilities must have the shape of the gates, {list(gates.shape)}, got {list(probabilities.shape)}"
                 )
-            indecision = _mean_over_units(4 * probabilities * (1 - probabilities))
+            p = probabilities.to(torch.promote_types(probabilities.dtype, torch.float32))  # before products are rounded
+            indecision = _mean_over_units(4 * p * (1 - p))
             decisive = (indecision * routed).sum() / count
             loss = loss + self.decisive * decisive if self.decisive else loss
         loss = loss * self.weight

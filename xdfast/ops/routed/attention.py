@@ -105,6 +105,8 @@ class _CppAttention(_SampleAttention):
     ) -> tuple[Tensor, Tensor]:
         if q.dtype != torch.float32 and (q.dtype != torch.bfloat16 or not _bf16_products() or q.shape[2] % 2):
             return _SampleAttention.forward(q, k, v, offsets_q, offsets_k, scale, causal)
+        # contiguous() leaves a tensor without rows as it is, whatever its strides
+        q, k, v = (t if t.numel() else t.new_empty(t.shape) for t in (q, k, v))
         q, k, v = (t if t.stride(2) == 1 and t.stride(0) % 2 == 0 else t.contiguous() for t in (q, k, v))
         return torch.ops.xdfast_c.attention.default(q, k, v, offsets_q, offsets_k, scale, causal)
 

@@ -53,7 +53,8 @@ def _vector(t: Tensor | None) -> Tensor | None:
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+    # contiguous() leaves a tensor without rows as it is, whatever its strides
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous() if x.numel() else x.new_empty(x.shape)
 
 
 class CppRows:
