@@ -81,7 +81,8 @@ def derive_student(
             options = {"blocks": "layers", "tokens": student.num_tokens, **options}
             student = route(student, target_flops, always_on=always_on, router=router, copy=False, **options)
     if routing == "learned" and states is not None:
-        routed_stacks(student)[0].router.lean(block_influence(states))
+        made: Any = routed_stacks(student)[0].router
+        made.lean(block_influence(states))
     return student
 
 
