@@ -45,4 +45,8 @@ def interpreter(tmp_path_factory) -> Iterator[Callable[..., SimpleNamespace]]:
 
     yield call
     process.stdin.close()
-    process.wait(timeout=20)
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:  # it has answered all that was asked; how long it takes to leave is no test
+        process.kill()
+        process.wait()
