@@ -24,6 +24,7 @@ def _run(benchmark, case: RSDCase, device: str, dtype: torch.dtype) -> None:
     benchmark.pedantic(timed[OURS], rounds=10, iterations=1, warmup_rounds=2)
 
 
+@pytest.mark.timeout(1200)  # the literal loss at 1024 x 8192, compiled too, takes minutes without AVX-512
 @pytest.mark.parametrize("case", RSD_CASES, ids=str)
 def bench_rsd_cpu(benchmark, case: RSDCase) -> None:
     _run(benchmark, case, "cpu", torch.float32)

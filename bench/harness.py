@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +27,9 @@ def interleave(
     warmup: int = 3,
     device: str = "cpu",
 ) -> dict[str, list[float]]:
-    """Seconds per call of each candidate, one sample a round; the order rotates from round to round.
+    """Seconds per call of each candidate, one sample a round; every round has an order of its own.
+
+    A candidate leaves the caches to the next one: in a fixed or rotating order one would always follow the same other.
 
     Args:
         candidates: name → what to time.
@@ -53,9 +56,10 @@ def interleave(
         total += taken[-1]
     count = max(rounds[0], min(rounds[1], int(budget / total)))
     times: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(count):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+    order = random.Random(0)
+    for _ in range(count):
+        order.shuffle(names)
+        for name in names:
             times[name].append(once(name))
     return times
 

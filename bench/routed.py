@@ -96,7 +96,7 @@ def candidates(
 def _executors(device: str, batch: int) -> list[str]:
     if device != "cuda":
         return [OURS]
-    return [f"{OURS} list", f"{OURS} planned", *([f"{OURS} graph"] if batch == 1 else [])]
+    return [f"{OURS} list", f"{OURS} planned", *([f"{OURS} graph", f"{OURS} switch"] if batch == 1 else [])]
 
 
 def _steps(way: rivals.Gated, x: Tensor, gates: list[Tensor]) -> Callable[[], Tensor]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from xdfast.nn.switched_graph import checked
+
 __all__ = ["graph_costs", "graphed", "host_work", "node_costs"]
 
 _LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
@@ -123,17 +125,17 @@ def node_costs(kernels: int = 1000) -> dict[str, float]:
         for _ in range(kernels):
             cell.add_(0)
     raw = graph.raw_cuda_graph()
-    count = _checked(runtime.cudaGraphGetNodes(raw))[-1]
-    nodes = _checked(runtime.cudaGraphGetNodes(raw, count))[0]
-    executable = _checked(runtime.cudaGraphInstantiate(raw, 0))[0]
+    count = checked(runtime.cudaGraphGetNodes(raw))[-1]
+    nodes = checked(runtime.cudaGraphGetNodes(raw, count))[0]
+    executable = checked(runtime.cudaGraphInstantiate(raw, 0))[0]
     stream = torch.cuda.current_stream().cuda_stream
 
     def launch() -> None:
-        _checked(runtime.cudaGraphLaunch(executable, stream))
+        checked(runtime.cudaGraphLaunch(executable, stream))
 
     def switch(on: int) -> None:
         for node in nodes:
-            _checked(runtime.cudaGraphNodeSetEnabled(executable, node, on))
+            checked(runtime.cudaGraphNodeSetEnabled(executable, node, on))
 
     launch()
     on, switched, off, states = _microseconds(launch), [], [], (0, 1)
@@ -144,7 +146,7 @@ def node_costs(kernels: int = 1000) -> dict[str, float]:
         first = _microseconds(launch, 1)
         if repeat % 2 == 0:
             off.append((first, _microseconds(launch, 5)))
-    _checked(runtime.cudaGraphExecDestroy(executable))
+    checked(runtime.cudaGraphExecDestroy(executable))
     found = {
         "switch_a_node_us": statistics.median(switched),
         "node_that_is_off_us": statistics.median(later for _, later in off) / len(nodes),
@@ -156,31 +158,19 @@ def node_costs(kernels: int = 1000) -> dict[str, float]:
 
 def _if_node(runtime: Any, count: int, stream: int) -> float:
     """Microseconds of a conditional node whose body, an empty node, is not run; they stand in a row."""
-    graph = _checked(runtime.cudaGraphCreate(0))[0]
+    graph = checked(runtime.cudaGraphCreate(0))[0]
     before: list[Any] = []
     for _ in range(count):
-        handle = _checked(runtime.cudaGraphConditionalHandleCreate(graph, 0, 1))[0]  # 0 at every launch
+        handle = checked(runtime.cudaGraphConditionalHandleCreate(graph, 0, 1))[0]  # 0 at every launch
         params = runtime.cudaGraphNodeParams()
         params.type = runtime.cudaGraphNodeType.cudaGraphNodeTypeConditional
         params.conditional.handle = handle
         params.conditional.type = runtime.cudaGraphConditionalNodeType.cudaGraphCondTypeIf
         params.conditional.size = 1
-        before = [_checked(runtime.cudaGraphAddNode(graph, before, None, len(before), params))[0]]
-        _checked(runtime.cudaGraphAddEmptyNode(params.conditional.phGraph_out[0], [], 0))
-    executable = _checked(runtime.cudaGraphInstantiate(graph, 0))[0]
-    taken = _microseconds(lambda: _checked(runtime.cudaGraphLaunch(executable, stream)))
-    _checked(runtime.cudaGraphExecDestroy(executable))
-    _checked(runtime.cudaGraphDestroy(graph))
+        before = [checked(runtime.cudaGraphAddNode(graph, before, None, len(before), params))[0]]
+        checked(runtime.cudaGraphAddEmptyNode(params.conditional.phGraph_out[0], [], 0))
+    executable = checked(runtime.cudaGraphInstantiate(graph, 0))[0]
+    taken = _microseconds(lambda: checked(runtime.cudaGraphLaunch(executable, stream)))
+    checked(runtime.cudaGraphExecDestroy(executable))
+    checked(runtime.cudaGraphDestroy(graph))
     return taken / count
-
-
-def _checked(result: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a call of the CUDA runtime returns behind its status.
-
-    Raises:
-        RuntimeError: the status is an error.
-    """
-    status, *values = result
-    if int(status) != 0:
-        raise RuntimeError(f"CUDA: {status!r}")
-    return tuple(values)

@@ -21,6 +21,36 @@ import xdfast
 
 ROOT = Path(__file__).resolve().parent.parent
 
+#: What a user writes, for a type checker at its strictest.
+PROGRAM = """
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+import xdfast as xd
+
+
+def losses(student: Tensor, teacher: Tensor, logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    aad = xd.AAD(512, 768, expansion=2)
+    loss = xd.RSDLoss(kappa=0.01, weight=0.1)(aad(student), teacher)
+    loss = loss + xd.KDLoss()(logits, teacher_logits)
+    with xd.backend("reference"):
+        loss = loss + xd.rsd_loss(student, teacher)
+    return loss
+
+
+def pipeline(model: nn.Module) -> str:
+    config = xd.DistillConfig(teacher="vit_small_patch14_dinov2", student="resnet18", data="/photos", epochs=3)
+    run = xd.distill(teacher="vit_small_patch14_dinov2", student=model, data="/photos", loss="mse", out="runs/x")
+    result = xd.evaluate(run, data="/photos")
+    page = xd.report([run, result], out="report.html")
+    print(config.lr, run.metrics["top1"], page, xd.__version__, *xd.list_losses())
+    return str(run.path)
+
+
+loss: str = xd.RSDLoss()  # a mistake: it has to be found
+"""
+
 
 def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     """A command with a clean environment for builds; PYTHONSAFEPATH is off unless asked for, as for most users."""
@@ -129,6 +159,32 @@ def test_installed_wheel_imports_from_another_folder(wheel, tmp_path):
     assert result.stdout.split() == [str(target / "xdfast/__init__.py"), str(target / "xdfast/kernels/__init__.py")]
     # Nothing named `kernels` or `bench` was installed beside it.
     assert not [name for name in ("kernels", "bench", "kernels.py", "bench.py") if (target / name).exists()]
+
+
+@pytest.mark.slow
+def test_type_checkers_see_the_public_api(wheel, tmp_path):
+    """mypy --strict over a user's program, against the installed wheel: lazy names (PEP 562) have their types."""
+    environment = tmp_path / "environment"
+    built(run(sys.executable, "-m", "venv", "--without-pip", str(environment), cwd=tmp_path))
+    site = next(environment.glob("lib/python*/site-packages"))
+    install(wheel, site)
+    (site / "requirements.pth").write_text(sysconfig.get_path("purelib") + "\n")  # torch and the rest are borrowed
+    shown = [name for name in xdfast.__all__ if name != "__version__"]
+    program = PROGRAM + "".join(f"reveal_type(xd.{name})\n" for name in shown)
+    (tmp_path / "program.py").write_text(program)
+    mypy = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--python-executable"]
+    result = run(*mypy, str(environment / "bin" / "python"), "program.py", cwd=tmp_path)
+    lines = result.stdout.splitlines()
+    errors = [line for line in lines if ": error:" in line]
+    assert len(errors) == 1 and 'variable has type "str"' in errors[0], result.stdout + result.stderr
+    types = dict(
+        zip(shown, [line.split('Revealed type is "')[1].removesuffix('"') for line in lines if "Revealed" in line])
+    )
+    assert len(types) == len(shown), result.stdout
+    untyped = {name: kind for name, kind in types.items() if re.search(r"^Any$|-> Any$|^def \(.*[(, ]\w+: Any$", kind)}
+    untyped |= {name: kind for name, kind in types.items() if not kind.startswith("def ") and "Overload" not in kind}
+    assert untyped == {}
+    assert "xdfast.pipeline.folder.RunResult" in types["distill"]
 
 
 @pytest.fixture(scope="module")

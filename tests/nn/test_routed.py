@@ -452,6 +452,9 @@ def test_bad_inputs_are_told() -> None:
         run_with_gradient(stack, "cpu", x)
     with pytest.raises(RuntimeError, match="executor='list' keeps counts on a GPU"):
         run(stack, "list", x)
+    for executor in ("graph", "switch"):
+        with pytest.raises(RuntimeError, match=f"executor='{executor}' replays CUDA graphs"):
+            run(stack, executor, x)
 
 
 def test_skipping_nothing_in_eval_mode_is_told_once(caplog) -> None:

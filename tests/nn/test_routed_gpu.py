@@ -123,18 +123,29 @@ def test_a_captured_pass_follows_the_gates() -> None:
         assert error(out, run(stack, "dense_mask", x, gates)) < 3e-2
 
 
-def test_one_sample_by_its_path_of_graphs() -> None:
+@pytest.mark.parametrize("executor", ["graph", "switch"])
+def test_one_sample_by_its_path_of_graphs(executor) -> None:
     stack, x = on_gpu()
     one = x[:1].contiguous()
     for _ in range(4):
         gates = (torch.rand(1, L, 1, device="cuda") > 0.5).float()
-        assert error(run(stack, "graph", one, gates), run(stack, "dense_mask", one, gates)) < 3e-2
+        assert error(run(stack, executor, one, gates), run(stack, "dense_mask", one, gates)) < 3e-2
+    assert torch.equal(run(stack, executor, one, torch.zeros_like(gates)), one)
     with torch.no_grad():
         stack.get_parameter("1.mlp.fc1.weight").mul_(2)
     gates = torch.ones(1, L, 1, device="cuda")
-    assert error(run(stack, "graph", one, gates), run(stack, "dense_mask", one, gates)) < 3e-2
-    with pytest.raises(ValueError, match="one sample at a time"):
-        run(stack, "graph", x, hard_gates(B).cuda())
+    assert error(run(stack, executor, one, gates), run(stack, "dense_mask", one, gates)) < 3e-2
+    with pytest.raises(ValueError, match=f"executor='{executor}' runs one sample at a time"):
+        run(stack, executor, x, hard_gates(B).cuda())
+
+
+def test_switched_and_replayed_paths_are_the_same_bits_in_any_order() -> None:
+    stack, x = on_gpu()
+    one = x[:1].contiguous()
+    paths = [(torch.rand(1, L, 1, device="cuda") > 0.5).float() for _ in range(6)]
+    replayed = [run(stack, "graph", one, gates) for gates in paths]
+    for number in (0, 3, 3, 1, 5, 2, 4, 0):  # the same path twice in a row switches nothing
+        assert torch.equal(run(stack, "switch", one, paths[number]), replayed[number])
 
 
 def test_sparse_training_has_the_gradients_of_the_dense_one() -> None:

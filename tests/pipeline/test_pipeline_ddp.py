@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,12 +21,18 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def xdfast_cli(processes: int, *arguments: str) -> None:
+def start(processes: int, *arguments: str) -> subprocess.Popen[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    code = ["-m", "xdfast"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    run = subprocess.run([*torchrun, *code, *arguments], env=env, capture_output=True, text=True, timeout=110)
-    assert run.returncode == 0, run.stdout + run.stderr
+    return subprocess.Popen(
+        [*torchrun, "-m", "xdfast", *arguments], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def xdfast_cli(processes: int, *arguments: str) -> None:
+    process = start(processes, *arguments)
+    told, _ = process.communicate(timeout=110)
+    assert process.returncode == 0, told
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -49,6 +57,35 @@ def test_distillation_runs_on_two_processes_and_averages_the_projector(tmp_path)
     assert saved["identity"]["world_size"] == 2
     assert saved["state"]["epoch"] == 2
     assert (tmp_path / "run" / "summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_on_all_ranks_and_the_same_command_continues(tmp_path) -> None:
+    """As a cluster's scheduler ends a job: torchrun passes the signal on, the ranks agree on a step, save and leave."""
+    flags = [
+        "finetune", "--model", "test_vit", *FLAGS, "--epochs", "400", "--warmup-epochs", "0", "--batch-size", "10",
+        "--eval-every", "1000", "--checkpoint-seconds", "1e6", "--log-every", "1",
+    ]  # fmt: skip
+    out = tmp_path / "run"
+    process = start(2, *flags, "--out", str(out))
+    end = time.monotonic() + 100
+    while not (out / "metrics.jsonl").is_file() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert process.poll() is None, process.communicate()[0]
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    told, _ = process.communicate(timeout=100)
+    # torchrun itself says that it was ended by a signal; both ranks left by themselves, within its patience of 30 s.
+    assert process.returncode != 0 and told.count("the state is saved in") >= 1 and "SIGKILL" not in told, told
+    stopped = torch.load(out / "resume.pt", weights_only=True)["state"]["step"]
+    assert stopped > 0 and stopped % 10 == 0  # ranks ask each other every ten steps
+    process = start(2, *flags, "--out", str(out))
+    end = time.monotonic() + 100
+    while f"step {stopped}" not in (line := process.stdout.readline()) and time.monotonic() < end:
+        assert line, "it ended without saying where it continues"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=100)
+    assert torch.load(out / "resume.pt", weights_only=True)["state"]["step"] >= stopped
 
 
 def test_a_policy_trains_on_two_processes(tmp_path) -> None:

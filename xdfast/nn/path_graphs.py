@@ -1,4 +1,4 @@
-"""The executor ``graph``: one sample on a GPU, every layer a captured CUDA graph, a path a sequence of replays."""
+"""The executors ``graph`` and ``switch``: one sample on a GPU, its layers captured in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from xdfast.nn.branches import Branch
 from xdfast.nn.packed import weights_state
+from xdfast.nn.switched_graph import SwitchedGraph
 from xdfast.ops.route import RouteList, RoutePlan, make_plan
 from xdfast.ops.routed.triton import carried_statistics
 
@@ -20,20 +21,24 @@ __all__ = ["PathGraphs"]
 
 
 class PathGraphs:
-    """Captured branches of a routed stack for one sample [1, T, D].
+    """Captured branches of a routed stack for one sample [1, T, D], all in place on one buffer. The decision is read once, by
+    the host.
 
-    A skipped branch costs nothing: its graph is not replayed. All graphs work in place on one buffer and share one pool of
-    memory; any path is a sequence of replays, so that 2^L paths need L · S graphs. The decision is read once, by the host.
+    ``switched=False``: a graph for every branch, which share one pool of memory; a path is a sequence of replays, so that 2^L
+    paths need L · S graphs, and a skipped branch costs nothing. ``switched=True``: one graph of all branches, whose nodes are
+    switched off and on where the decision differs from the last one: a single launch, no gap between layers, and a little for
+    every node that is off (:class:`xdfast.nn.switched_graph.SwitchedGraph`).
 
     Graphs hold addresses and folded copies of weights: they are captured again when a parameter has changed
     (:func:`xdfast.nn.packed.weights_state`).
     """
 
-    def __init__(self, stack: RoutedStack) -> None:
-        self._stack = stack
+    def __init__(self, stack: RoutedStack, switched: bool = False) -> None:
+        self._stack, self.switched = stack, switched
         self._key: Any = None
         self._state: list[tuple[int, int, int]] = []
-        self._graphs: list[list[torch.cuda.CUDAGraph]] = []
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._whole: SwitchedGraph | None = None
         self._x = self._statistics = torch.empty(0)
         self._plan: RoutePlan | None = None
 
@@ -44,8 +49,9 @@ class PathGraphs:
             ValueError: more than one sample.
         """
         if x.shape[0] != 1 or plan.units != 1:
+            name = "switch" if self.switched else "graph"
             raise ValueError(
-                f"executor='graph' runs one sample at a time, got {x.shape[0]} samples in {plan.units} units; use 'list' or "
+                f"executor={name!r} runs one sample at a time, got {x.shape[0]} samples in {plan.units} units; use 'list' or "
                 "'planned'"
             )
         state = weights_state(self._stack.parameters())
@@ -58,9 +64,16 @@ class PathGraphs:
         if not plan.plain:
             self._plan.gate.copy_(plan.gate)  # multipliers are read by the kernels
         self._statistics.copy_(carried_statistics(self._x))
-        for number, row in enumerate(self._graphs):
-            for branch_number, graph in enumerate(row):
-                if plan.host_counts[number][min(branch_number, plan.branches - 1)]:
+        on = [
+            plan.host_counts[number][min(branch_number, plan.branches - 1)] > 0
+            for number in range(self._stack.num_layers)
+            for branch_number in range(len(self._stack.branches_of(number)))
+        ]
+        if self._whole is not None:
+            self._whole.replay(on)
+        else:
+            for graph, runs in zip(self._graphs, on):
+                if runs:
                     graph.replay()
         return self._x.clone()[None]
 
@@ -72,26 +85,27 @@ class PathGraphs:
         self._plan = make_plan(on, rows_per_unit=tokens, hard=plan.plain)
         self._statistics = carried_statistics(self._x)
         steps = [
-            [self._step(branch, self._plan.of(number, s), tokens) for s, branch in enumerate(stack.branches_of(number))]
+            self._step(branch, self._plan.of(number, s), tokens)
             for number in range(stack.num_layers)
+            for s, branch in enumerate(stack.branches_of(number))
         ]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # weights are folded and kernels compiled outside a capture
-            for row in steps:
-                for step in row:
-                    step()
+            for step in steps:
+                step()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
+        self._graphs, self._whole = [], None  # their memory first
+        if self.switched:
+            self._whole = SwitchedGraph(steps)
+            return
         pool = torch.cuda.graph_pool_handle()
-        self._graphs = []
-        for row in steps:
-            self._graphs.append([])
-            for step in row:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    step()
-                self._graphs[-1].append(graph)
+        for step in steps:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                step()
+            self._graphs.append(graph)
 
     def _step(self, branch: Branch, route: RouteList, tokens: int) -> Callable[[], None]:
         def step() -> None:

@@ -26,8 +26,10 @@ __all__ = ["EXECUTORS", "UNITS", "Decision", "RoutedStack"]
 
 log = logging.getLogger("xdfast")
 
-EXECUTORS = ("auto", "dense_mask", "cpu", "planned", "list", "graph")
+EXECUTORS = ("auto", "dense_mask", "cpu", "planned", "list", "graph", "switch")
 UNITS = ("sample", "block", "token")
+#: For one sample on a GPU; see :class:`xdfast.nn.path_graphs.PathGraphs`.
+_GRAPHS = ("graph", "switch")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class RoutedStack(nn.Module):
     ``list``         counts stay on the GPU: no wait, can be captured in a CUDA graph; small and middle sizes.
     ``graph``        one sample on a GPU: the decision is read once, then the active layers' CUDA graphs are replayed; a
                      skipped layer costs nothing.
+    ``switch``       the same as one CUDA graph, in which the kernels of skipped layers are switched off: one launch. Where
+                     decisions seldom change from one step to the next; needs cuda-bindings.
     ``auto``         ``dense_mask`` (or ``planned`` with ``sparse_train``) where a gradient is recorded; else ``cpu`` or
                      ``planned`` by the device.
     ===============  ====================================================================================================
@@ -261,11 +265,13 @@ class RoutedStack(nn.Module):
             raise RuntimeError(f"executor='cpu' takes tensors on the CPU, x is on {device}; use 'planned' or 'list'")
         if self.executor == "cpu" and learning:
             raise RuntimeError("executor='cpu' has no gradient; use torch.no_grad(), 'dense_mask', or sparse_train")
-        if self.executor in ("list", "graph") and device != "cuda":
+        if self.executor in ("list", *_GRAPHS) and device != "cuda":
             what = "keeps counts on a GPU" if self.executor == "list" else "replays CUDA graphs"
             raise RuntimeError(f"executor={self.executor!r} {what}; on {device} use 'cpu' or 'planned'")
-        if self.executor == "graph" and learning:
-            raise RuntimeError("executor='graph' has no gradient; use torch.no_grad(), 'dense_mask', or sparse_train")
+        if self.executor in _GRAPHS and learning:
+            raise RuntimeError(
+                f"executor={self.executor!r} has no gradient; use torch.no_grad(), 'dense_mask', or sparse_train"
+            )
         return self.executor, "asked for"
 
     # --- executors
@@ -292,12 +298,14 @@ class RoutedStack(nn.Module):
         return gates.unflatten(0, (batch, -1)).repeat_interleave(tokens * batch // gates.shape[0], 1)
 
     def _listed(self, x: Tensor, plan: RoutePlan, executor: str, context: dict[str, Any]) -> Tensor:
-        if executor == "graph":
+        if executor in _GRAPHS:
             if context:
                 raise RuntimeError(
-                    f"executor='graph' passes nothing on to the layers, got {', '.join(context)}; use 'planned'"
+                    f"executor={executor!r} passes nothing on to the layers, got {', '.join(context)}; use 'planned'"
                 )
-            self._graphs = self._graphs or PathGraphs(self)
+            switched = executor == "switch"
+            if self._graphs is None or self._graphs.switched != switched:
+                self._graphs = PathGraphs(self, switched)
             return self._graphs(x, plan)
         flat = x.reshape(-1, x.shape[2])
         if not torch.is_grad_enabled():

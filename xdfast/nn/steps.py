@@ -75,13 +75,13 @@ class RoutedBlocks(RoutedStack):
             gates, probabilities = self.route(x, mask)
         gates = self._forced_on(self._checked(gates, x))
         executor = self.choose(x, gates)[0]
-        if executor == "graph":
-            executor = "planned"
+        if executor in ("graph", "switch"):
+            asked, executor = executor, "planned"
             if not self._told_graph:
                 self._told_graph = True
                 log.warning(
-                    "executor='graph' replays the whole stack; layer by layer (a model's own loop, forward hooks, arguments for "
-                    "the layers) it runs as 'planned'"
+                    f"executor={asked!r} replays the whole stack; layer by layer (a model's own loop, forward hooks, arguments "
+                    "for the layers) it runs as 'planned'"
                 )
         return gates, probabilities, executor
 
