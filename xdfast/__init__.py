@@ -105,24 +105,17 @@ if TYPE_CHECKING:  # what type checkers and editors see; nothing of it runs
     from xdfast.nn.convert import route
     from xdfast.nn.routed import RoutedStack
     from xdfast.ops import backend, prepare_teacher, rsd_loss
-    from xdfast.pipeline import (  # type: ignore[no-redef]  # mypy takes functions for modules of the same name
-        ActDistillConfig,
-        CompareConfig,
-        DistillConfig,
-        EvaluateConfig,
-        EvaluatePolicyConfig,
-        FinetuneConfig,
-        PolicyConfig,
-        VLAConfig,
-        compare,
-        distill,
-        evaluate,
-        export,
-        finetune,
-        pull,
-        push,
-        report,
-    )
+    from xdfast.pipeline.actdistill_config import ActDistillConfig
+    from xdfast.pipeline.compare import CompareConfig, compare
+    from xdfast.pipeline.config import DistillConfig, EvaluateConfig, FinetuneConfig
+    from xdfast.pipeline.distill import distill  # from its module: of xdfast.pipeline type checkers take the module
+    from xdfast.pipeline.evaluate import evaluate
+    from xdfast.pipeline.export import export
+    from xdfast.pipeline.finetune import finetune
+    from xdfast.pipeline.policy_config import EvaluatePolicyConfig, PolicyConfig
+    from xdfast.pipeline.publish import pull, push
+    from xdfast.pipeline.report import report
+    from xdfast.pipeline.vla_config import VLAConfig
     from xdfast.robot import DiffusionPolicy, load_policy
 
 

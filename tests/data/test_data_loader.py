@@ -242,6 +242,37 @@ def test_orders_are_permutations_that_differ():
     assert len(orders) == 6 and all(sorted(o) == list(range(50)) for o in orders)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(8, 60), st.integers(1, 9), st.integers(1, 4), st.integers(2, 5), st.integers(0, 9))
+def test_repeated_augmentation_shows_new_views_of_fewer_images(count, batch, world, repeats, epoch):
+    plans = [EpochPlan(count, batch, True, 1, r, world, False, repeats=repeats) for r in range(world)]
+    assert plans[0].batches_per_epoch == EpochPlan(count, batch, True, 1, 0, world, False).batches_per_epoch
+    parts = [list(plan.batches(epoch, 0)) for plan in plans]
+    shown = []
+    for number in range(plans[0].batches_per_epoch):  # dealt like cards: back into one row
+        rows = [zip(p[number].ids.tolist(), p[number].views.tolist()) for p in parts]
+        shown += [pair for row in zip(*rows) for pair in row]
+    shown = shown[:count]  # behind it the last step is filled up
+    assert len(set(shown)) == count and len({image for image, _ in shown}) == -(-count // repeats)
+    assert {view for _, view in shown} <= set(range(epoch * repeats, (epoch + 1) * repeats))
+    first = plans[0].order(epoch)[: -(-count // repeats)]
+    assert [image for image, _ in shown] == np.repeat(first, repeats)[:count].tolist()
+    for start in range(len(parts[0]) + 1):
+        assert all(
+            map(np.array_equal, (b.views for b in plans[0].batches(epoch, start)), (b.views for b in parts[0][start:]))
+        )
+
+
+def test_repeats_need_views_of_their_own():
+    for other in ({"views": 4}, {"exact": True}):
+        with pytest.raises(ValueError, match="repeats=3 shows some images several times"):
+            EpochPlan(50, 5, True, 0, 0, 1, None, repeats=3, **other)
+    with pytest.raises(ValueError, match="repeats must be an integer ≥ 1"):
+        EpochPlan(50, 5, True, 0, 0, 1, None, repeats=0)
+    plan = next(EpochPlan(50, 5, False, 0, 0, 1, None, repeats=3).batches(2, 0))  # evaluation knows nothing of it
+    assert plan.ids.tolist() == [0, 1, 2, 3, 4] and plan.views.tolist() == [0] * 5
+
+
 def test_more_ranks_than_evaluation_images(source):
     few = open_source("sklearn:digits", labels_per_class=1)
     for rank in (9, 10, 15):

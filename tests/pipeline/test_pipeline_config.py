@@ -88,6 +88,9 @@ def test_unknown_and_missing_settings() -> None:
         ("ema", 1.5, "ema must be a decay between 0 and 1"),
         ("warmup_epochs", 100, r"warmup_epochs \(100\) must be below epochs \(100\)"),
         ("label_smoothing", 1.0, r"label_smoothing must be in \[0, 1\)"),
+        ("label_loss", "bse", "label_loss must be one of ce, bce, got 'bse'. Did you mean 'bce'"),
+        ("crop_pct", 1.2, r"crop_pct must be in \(0, 1\], got 1.2"),
+        ("aug_repeats", 0, "aug_repeats must be > 0, got 0"),
         ("workers", -1, "workers must be 'auto' or an integer"),
         ("val_fraction", 0.0, "val_fraction must be between 0 and 1"),
         ("temperature", 0.0, "temperature must be > 0"),
@@ -99,6 +102,16 @@ def test_bad_values_are_named(setting, value, message) -> None:
     config = DistillConfig(**{**BASE, setting: value})
     with pytest.raises(ValueError, match=message):
         config.validate()
+
+
+def test_repeated_augmentation_goes_with_neither_exact_tails_nor_fixed_views() -> None:
+    for other, message in (
+        ({"tail": "exact"}, "tail='exact' shows"),
+        ({"cache": "auto"}, "cache='auto' keeps fixed views"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DistillConfig(**{**BASE, "aug_repeats": 3, **other}).validate()
+    DistillConfig(**{**BASE, "aug_repeats": 3}).validate()
 
 
 def test_evaluate_needs_data() -> None:

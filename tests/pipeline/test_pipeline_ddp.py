@@ -76,9 +76,11 @@ def test_sigterm_to_torchrun_saves_on_all_ranks_and_the_same_command_continues(t
     process.send_signal(signal.SIGTERM)
     told, _ = process.communicate(timeout=100)
     # torchrun itself says that it was ended by a signal; both ranks left by themselves, within its patience of 30 s.
-    assert process.returncode != 0 and told.count("the state is saved in") >= 1 and "SIGKILL" not in told, told
+    assert process.returncode == 1 and told.count("the state is saved in") >= 1 and "SIGKILL" not in told, told
     stopped = torch.load(out / "resume.pt", weights_only=True)["state"]["step"]
-    assert stopped > 0 and stopped % 10 == 0  # ranks ask each other every ten steps
+    assert stopped > 0 and (
+        stopped % 10 == 0 or stopped % 4 == 0
+    )  # ranks ask each other every ten steps and after an epoch
     process = start(2, *flags, "--out", str(out))
     end = time.monotonic() + 100
     while f"step {stopped}" not in (line := process.stdout.readline()) and time.monotonic() < end:

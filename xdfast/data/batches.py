@@ -57,6 +57,8 @@ class EpochPlan:
         drop_last: leaves out the incomplete batch; default: in training.
         views: K, fixed views of each image, taken in turns over the epochs, not all images the same one; None: a new view in
             every epoch.
+        repeats: R, repeated augmentation (Hoffer et al., "Augment your batch", CVPR 2020): R views of an image in a row, so in one
+            batch of all ranks. An epoch has as many batches as without and shows N / R of the images.
         exact: in training, every image exactly once per epoch; takes the place of ``drop_last``.
 
     Attributes:
@@ -78,10 +80,12 @@ class EpochPlan:
         drop_last: bool | None,
         views: int | None = None,
         exact: bool = False,
+        repeats: int = 1,
     ) -> None:
         for name, value in (
             ("batch_size", batch_size),
             ("world_size", world_size),
+            ("repeats", repeats),
             ("views", 1 if views is None else views),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -90,6 +94,12 @@ class EpochPlan:
             raise ValueError(f"rank must be in [0, {world_size}), got {rank!r}")
         if count < 1:
             raise ValueError("the source has no images")
+        if repeats > 1 and (exact or views is not None):
+            raise ValueError(
+                f"repeats={repeats} shows some images several times in an epoch, in new views: neither every image exactly once "
+                "nor fixed views can go with it"
+            )
+        self.repeats = repeats if train else 1
         exact = exact and train
         if exact and count < 2:
             raise ValueError("one training image makes no batch for exact tails; give at least 2")
@@ -128,15 +138,19 @@ class EpochPlan:
     def batches(self, epoch: int, start: int) -> Iterator[BatchPlan]:
         """The batches of an epoch from number ``start`` on; with ``exact`` the last one may be empty on this rank."""
         order = self.order(epoch)
+        if self.repeats > 1:
+            order = np.repeat(order[: -(-self.count // self.repeats)], self.repeats)[: self.count]
+        turns = np.arange(self.count, dtype=np.int64) % self.repeats  # which copy of its image a place of the order is
         for number in range(start, self.batches_per_epoch):
-            piece = self._piece(order, number)
+            piece, turn = self._piece(order, number), self._piece(turns, number)
             sharing = self._sharing(len(piece))
             missing = 0 if self.exact else -len(piece) % self.world_size
             if missing:
                 filler = order[:missing] if self.train else np.full(missing, PADDING, dtype=np.int64)
-                piece = np.concatenate((piece, filler))
-            ids = piece[self.rank :: sharing] if self.rank < sharing else piece[:0]
-            yield BatchPlan(ids, self.view_of(epoch, ids))
+                piece, turn = np.concatenate((piece, filler)), np.concatenate((turn, turns[:missing]))
+            mine = slice(self.rank, None, sharing) if self.rank < sharing else slice(0)
+            ids = piece[mine]
+            yield BatchPlan(ids, self.view_of(epoch, ids) if self.repeats == 1 else epoch * self.repeats + turn[mine])
 
     def rows(self, number: int) -> int:
         """Rows of batch ``number`` on all ranks together; filling counts."""

@@ -55,6 +55,7 @@ class ImageLoader:
         drop_last: leave out an incomplete last batch; default: in training.
         exact: in training, every image exactly once per epoch: the last batch is smaller, on some ranks perhaps empty, see
             :class:`EpochPlan`. Takes the place of ``drop_last``.
+        repeats: views of each image in a batch of training, see :class:`EpochPlan`.
         max_bad: unreadable images to put up with; default: a tenth of them all, at least 10; never all.
         decoder: ``"pillow"``, ``"dali"``, ``"dali-gpu"`` (decodes on the current GPU; batches come as CUDA tensors), or
             ``"auto"``, see :func:`choose_decoder`. Ids, labels and crops are the same with each; pixels to the rounding of
@@ -92,6 +93,7 @@ class ImageLoader:
         digests: bool = False,
         view_seed: int | None = None,
         exact: bool = False,
+        repeats: int = 1,
     ) -> None:
         if workers != "auto" and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 0):
             raise ValueError(f"workers must be 'auto' or an integer ≥ 0, got {workers!r}")
@@ -100,7 +102,9 @@ class ImageLoader:
         self.max_bad = max(10, len(source) // 10) if max_bad is None else max_bad
         views = Views(augment or Augment(), image_size, train, seed if view_seed is None else view_seed)
         self.views = views
-        self._plan = EpochPlan(len(source), batch_size, train, seed, rank, world_size, drop_last, fixed_views, exact)
+        self._plan = EpochPlan(
+            len(source), batch_size, train, seed, rank, world_size, drop_last, fixed_views, exact, repeats
+        )
         self.batches_per_epoch = self._plan.batches_per_epoch
         self.batch_size = self._plan.batch_size
         self.decoder, self.decoder_reason = choose_decoder(decoder, source, views)

@@ -188,6 +188,12 @@ class TrainConfig(RunConfig, _DataConfig):
     """CutMix α; default: the preset's."""
     random_erase: float | None = None
     """Random-erasing probability; default: the preset's."""
+    aug_repeats: int = 1
+    """Repeated augmentation: so many views of each image in a batch; an epoch stays as long and shows fewer images."""
+    crop_pct: float = 1.0
+    """Validation: part of the resized image that its centre crop keeps; 1.0 is all of it."""
+    label_loss: Literal["ce", "bce"] = "ce"
+    """With the labels: cross-entropy, or binary cross-entropy of each class, its mean over classes."""
     label_smoothing: float = 0.1
     warmup_epochs: int = 0
     decay_epochs: int = 30
@@ -214,7 +220,14 @@ class TrainConfig(RunConfig, _DataConfig):
         """
         self._validate_data()
         self._validate_run()
-        self._positive("epochs", "eval_every", "student_size", "image_size", "decay_epochs")
+        self._positive("epochs", "eval_every", "student_size", "image_size", "decay_epochs", "aug_repeats")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct must be in (0, 1], got {self.crop_pct!r}")
+        self._one_of("label_loss", ("ce", "bce"))
+        if self.aug_repeats > 1 and self.tail == "exact":
+            raise ValueError(
+                f"tail='exact' shows every image once per epoch, aug_repeats={self.aug_repeats} some several times; choose one"
+            )
         self._not_negative("warmup_epochs", "mixup", "cutmix")
         if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
             raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be below epochs ({self.epochs})")
@@ -302,6 +315,11 @@ class DistillConfig(TrainConfig):
         self._positive("cache_views")
         if self.cache_dtype not in ("float16", "float32"):
             raise ValueError(f"cache_dtype must be float16 or float32, got {self.cache_dtype!r}")
+        if self.cache.strip() not in ("", "none") and self.aug_repeats > 1:
+            raise ValueError(
+                f"cache={self.cache!r} keeps fixed views, aug_repeats={self.aug_repeats} needs new ones; set one of them to its "
+                "default"
+            )
         if not self.cache.strip():
             raise ValueError("cache must be 'none', 'auto' or a folder, got an empty text")
         if self.teacher_precision not in ("float32", "bf16", "fp16"):
@@ -399,11 +417,15 @@ class EvaluateConfig(_DataConfig):
     cka: bool = True
     probe_samples: int = 20_000
     """Most training images used by k-NN and linear probe (the first of a seeded shuffle)."""
+    crop_pct: float | None = None
+    """Part of the resized image that the centre crop keeps; default: that of the run, or all of it."""
     progress: bool = True
 
     def validate(self) -> None:
         """Checks every value; see :meth:`TrainConfig.validate`."""
         self._validate_data()
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct must be in (0, 1], got {self.crop_pct!r}")
         self._not_negative("knn")
         self._positive("probe_samples")
 

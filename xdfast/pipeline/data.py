@@ -93,6 +93,7 @@ def train_loader(
         workers=config.workers,
         decoder=config.decoder,
         exact=config.tail == "exact",
+        repeats=config.aug_repeats,
         **cached,
     )
     told = log.info if source.encoded else log.debug  # pixels in memory leave no choice
@@ -101,15 +102,22 @@ def train_loader(
 
 
 def eval_loader(
-    source: ImageSource, size: int, *, batch_size: int, workers: Any, decoder: Decoder = "auto", sharded: bool = True
+    source: ImageSource,
+    size: int,
+    *,
+    batch_size: int,
+    workers: Any,
+    decoder: Decoder = "auto",
+    sharded: bool = True,
+    crop_pct: float = 1.0,
 ) -> ImageLoader:
-    """Every image once, unaugmented; over all ranks if ``sharded``."""
+    """Every image once, unaugmented; over all ranks if ``sharded``. ``crop_pct``: what the centre crop keeps."""
     return ImageLoader(
         source,
         batch_size=batch_size,
         image_size=size,
         train=False,
-        augment=Augment(),
+        augment=Augment(crop_pct=crop_pct),
         seed=0,
         rank=distributed.rank() if sharded else 0,
         world_size=distributed.world_size() if sharded else 1,

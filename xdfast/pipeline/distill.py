@@ -185,7 +185,7 @@ def prepare(
         val, train = (
             eval_loader(
                 sample(source, config.monitor), size, batch_size=config.batch_size, workers=config.workers,
-                decoder=config.decoder, sharded=False,
+                decoder=config.decoder, sharded=False, crop_pct=config.crop_pct,
             )
             for source in (images.val, images.train)
         )  # fmt: skip
@@ -282,7 +282,8 @@ def build_task(
         lives.append(LiveTeacher(net, tuple(sorted(kinds, key=_kind_order))))
     return DistillTask(
         student, lives[0] if len(lives) == 1 else Teachers(lives), losses, projectors,
-        ce_weight=config.ce_weight, label_smoothing=config.label_smoothing, terms=terms,
+        ce_weight=config.ce_weight, label_smoothing=config.label_smoothing, label_loss=config.label_loss,
+        terms=terms,
     )  # fmt: skip
 
 

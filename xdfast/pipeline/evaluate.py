@@ -175,6 +175,8 @@ def evaluate(
             "the model has %d classes, the data %d: top-1 is left out", net.num_classes, len(images.val.classes)
         )
 
+    crop_pct = config.crop_pct or (run.config.get("crop_pct") if run is not None else None) or 1.0
+
     def loader(source: Any, size: int) -> Any:
         return eval_loader(
             source,
@@ -183,6 +185,7 @@ def evaluate(
             workers=config.workers,
             decoder=config.decoder,
             sharded=False,
+            crop_pct=crop_pct,
         )
 
     val = loader(images.val, net.image_size)

@@ -66,7 +66,7 @@ def finetune(
         return finished
     images = open_images(config, data, val_data)
     net = make_student(config.model if model is None else model, config, len(images.train.classes))
-    task = SupervisedTask(net, config.label_smoothing, freeze_encoder=config.freeze == "encoder")
+    task = SupervisedTask(net, config.label_smoothing, config.label_loss, freeze_encoder=config.freeze == "encoder")
     size = view_size(config, images.train, [net])
     loader, batch_augment = train_loader(config, images.train, size, net)
     return run_training("finetune", task, images, loader, batch_augment, config, out, identity={})

@@ -33,10 +33,10 @@ class TrainingTask(nn.Module):
     depends on every trainable weight.
     """
 
-    def __init__(self, student: nn.Module, label_smoothing: float = 0.0) -> None:
+    def __init__(self, student: nn.Module, label_smoothing: float = 0.0, label_loss: str = "ce") -> None:
         super().__init__()
         self.student = student
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.label_loss = label_smoothing, label_loss
 
     #: What is counted per second, for the progress bar.
     unit = "img"
@@ -62,15 +62,24 @@ class TrainingTask(nn.Module):
         """
         return {}
 
-    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
+    def _label_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy with the labels; or ("bce") the mean over samples and classes of each class's binary one, with
+        targets y (1 − ε) + ε / C as in timm ("ResNet strikes back", arXiv 2110.00476)."""
+        if self.label_loss == "ce":
+            return F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
+        classes = logits.shape[1]
+        wanted = targets if targets.dim() == 2 else F.one_hot(targets, classes)
+        wanted = wanted.float() * (1 - self.label_smoothing) + self.label_smoothing / classes
+        return F.binary_cross_entropy_with_logits(logits.float(), wanted)
 
 
 class SupervisedTask(TrainingTask):
     """Cross-entropy with the labels. targets: int64 [B], or probabilities [B, C] after mixup."""
 
-    def __init__(self, student: nn.Module, label_smoothing: float = 0.0, freeze_encoder: bool = False) -> None:
-        super().__init__(student, label_smoothing)
+    def __init__(
+        self, student: nn.Module, label_smoothing: float = 0.0, label_loss: str = "ce", freeze_encoder: bool = False
+    ) -> None:
+        super().__init__(student, label_smoothing, label_loss)
         self.freeze_encoder = freeze_encoder
         if freeze_encoder:
             head = {id(p) for p in _classifier(student).parameters()}
@@ -86,8 +95,8 @@ class SupervisedTask(TrainingTask):
     def forward(self, images: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
         if targets is None:
             return _nothing(self.student(images).logits)
-        loss = self._cross_entropy(self.student(images).logits, targets)
-        return {"loss": loss, "ce": loss.detach()}
+        loss = self._label_loss(self.student(images).logits, targets)
+        return {"loss": loss, self.label_loss: loss.detach()}
 
 
 class DistillTask(TrainingTask):
@@ -99,7 +108,7 @@ class DistillTask(TrainingTask):
         student, teacher: what learns, and what it is told.
         losses: by name.
         projectors: of the terms that need one, by the term's key.
-        ce_weight, label_smoothing: of the cross-entropy.
+        ce_weight, label_smoothing, label_loss: of the loss with the labels, CE or binary CE.
         terms: what is compared; default: the features or logits of each loss, see :func:`xdfast.pipeline.terms.terms_of`.
     """
 
@@ -112,9 +121,10 @@ class DistillTask(TrainingTask):
         *,
         ce_weight: float = 1.0,
         label_smoothing: float = 0.0,
+        label_loss: str = "ce",
         terms: Sequence[Term] | None = None,
     ) -> None:
-        super().__init__(student, label_smoothing)
+        super().__init__(student, label_smoothing, label_loss)
         self.terms = tuple(terms_of(losses, {}) if terms is None else terms)
         self.losses = nn.ModuleDict(losses)
         self.projectors = nn.ModuleDict(projectors)
@@ -156,8 +166,8 @@ class DistillTask(TrainingTask):
         total: Any = 0.0
         values: dict[str, Tensor] = {}
         if self.ce_weight > 0:
-            ce = self._cross_entropy(output.logits, targets)
-            values["ce"] = ce.detach()
+            ce = self._label_loss(output.logits, targets)
+            values[self.label_loss] = ce.detach()
             total = total + self.ce_weight * ce
         needed = {"targets": targets, "ids": ids}
         for term in self.terms:

@@ -80,7 +80,10 @@ def run_training(
     """Trains, validates, saves the student and the summary; ``monitor`` validates where nothing trains the classifier."""
     device = distributed.device_for_rank(config.device)
     size = loader.views.image_size
-    val = eval_loader(images.val, size, batch_size=config.batch_size, workers=config.workers, decoder=config.decoder)
+    val = eval_loader(
+        images.val, size, batch_size=config.batch_size, workers=config.workers, decoder=config.decoder,
+        crop_pct=config.crop_pct,
+    )  # fmt: skip
 
     def validate(net: nn.Module) -> dict[str, float]:
         if monitor is not None:

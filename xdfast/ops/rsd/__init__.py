@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -36,6 +36,45 @@ class RSDComponents(NamedTuple):
     mean_diagonal: Tensor
 
 
+@overload
+def rsd_loss(
+    student: Tensor,
+    teacher: Tensor | PreparedTeacher,
+    *,
+    kappa: float = ...,
+    eps: float = ...,
+    reduction: str = ...,
+    weight: float = ...,
+    eps_mode: str = ...,
+    precision: str = ...,
+    return_components: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def rsd_loss(
+    student: Tensor,
+    teacher: Tensor | PreparedTeacher,
+    *,
+    kappa: float = ...,
+    eps: float = ...,
+    reduction: str = ...,
+    weight: float = ...,
+    eps_mode: str = ...,
+    precision: str = ...,
+    return_components: Literal[True],
+) -> RSDComponents: ...
+@overload
+def rsd_loss(
+    student: Tensor,
+    teacher: Tensor | PreparedTeacher,
+    *,
+    kappa: float = ...,
+    eps: float = ...,
+    reduction: str = ...,
+    weight: float = ...,
+    eps_mode: str = ...,
+    precision: str = ...,
+    return_components: bool,
+) -> Tensor | RSDComponents: ...
 def rsd_loss(
     student: Tensor,  # [N, D]
     teacher: Tensor | PreparedTeacher,  # [N, D]
