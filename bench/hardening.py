@@ -30,6 +30,7 @@ PARTS: dict[str, list[str]] = {
     "images": ["tests/hardening/test_hardening_files.py", "-k", "test_images"],
     "demonstrations": ["tests/hardening/test_hardening_files.py", "-k", "test_demonstrations"],
     "run-folders": ["tests/hardening/test_hardening_runs.py"],
+    "kills": ["tests/hardening/test_hardening_kills.py"],
 }
 
 

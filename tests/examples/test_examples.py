@@ -27,6 +27,7 @@ def test_the_loss_falls(name) -> None:
     assert losses[-4:].mean() < 0.9 * losses[:4].mean()
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_the_loop_runs_under_torchrun_with_one_global_loss(tmp_path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -46,7 +46,7 @@ def interpreter(tmp_path_factory) -> Iterator[Callable[..., SimpleNamespace]]:
     yield call
     process.stdin.close()
     try:
-        process.wait(timeout=20)
+        process.wait(timeout=3)
     except subprocess.TimeoutExpired:  # it has answered all that was asked; how long it takes to leave is no test
         process.kill()
         process.wait()

@@ -6,15 +6,20 @@ and statistics of inactive rows.
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from routed_kernel_parts import EPS, NAN, activate, close, compact, double, normalize, plan, randn
 from torch import Tensor
 from torch.nn import functional
 
 import xdfast.kernels
+
+#: Other cases are drawn in every run.
+EXAMPLES = 100 if os.environ.get("XDFAST_HARDEN") == "long" else 12
 
 pytestmark = pytest.mark.skipif(not xdfast.kernels.HAS_TRITON, reason=xdfast.kernels.WHY_NOT or "-")
 
@@ -23,7 +28,7 @@ ACTS = ["none", "gelu", "gelu_tanh", "silu", "relu", "swiglu"]
 TOLERANCE = {"float32": (1e-6, 3e-6), "float16": (2e-3, 4e-3)}
 #: 16 × 32 tiles, several parts of the statistics, passes of 16 columns: many tiles of small shapes.
 SMALL = {"table": "small"}
-quick = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def grads(loss: Tensor, *leaves: Tensor | None) -> list[Tensor | None]:
@@ -44,6 +49,10 @@ shapes = {
 
 
 @quick
+@example(  # the sum that is the norm's gradient cancels
+    act="silu", norm="rms", affine=True, biased=False, units=1, rows_per_unit=2, fill="some", depth=1, columns=70, table=SMALL,
+    dtype="float16", seed=3,
+)  # fmt: skip
 @given(
     act=st.sampled_from(ACTS),
     norm=st.sampled_from(["layer", "rms", "none"]),
@@ -94,12 +103,13 @@ def test_norm_linear(
     assert not got["dx"][p.inactive].any()
     for name, want in zip(("dx", "dweight", "dbias", "dnorm_weight", "dnorm_bias"), wanted):
         if want is not None:
-            # LayerNorm's dx cancels (to nothing with one channel): compared with the size of its terms.
-            slack = 1e-4 * float(p.n and dtype == "float16") + (2e-3 if name == "dx" and depth < 6 else 0)
+            # LayerNorm's dx cancels (to nothing with one channel), and so may the sums over rows and columns of the norm's
+            # gradients: compared with the size of their terms.
+            half = 1e-4 * float(p.n and dtype == "float16")
+            terms = 1 + want.norm() + (dout.double().norm() * w.double().norm() if "norm" in name else 0)
+            slack = half * terms + (2e-3 * (1 + want.norm()) if name == "dx" and depth < 6 else 0)
             error = (got[name].double() - want).norm()
-            assert got[name].isfinite().all() and error <= gradient * want.norm() + slack * (1 + want.norm()) + 1e-5, (
-                name
-            )
+            assert got[name].isfinite().all() and error <= gradient * want.norm() + slack + 1e-5, name
 
 
 @quick

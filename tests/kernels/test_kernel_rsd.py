@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -10,6 +12,9 @@ from tolerances import relative
 from torch import Tensor
 
 import xdfast.kernels
+
+#: Other cases are drawn in every run.
+EXAMPLES = 100 if os.environ.get("XDFAST_HARDEN") == "long" else 15
 
 pytestmark = pytest.mark.skipif(not xdfast.kernels.HAS_TRITON, reason=xdfast.kernels.WHY_NOT or "-")
 
@@ -114,7 +119,7 @@ def test_loss_and_gradients_equal_fp64(interpreter, name):
             assert relative(got_grad, want) < 5e-6 or got_grad.dtype != torch.float32
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     n=st.integers(2, 80),
     d=st.integers(1, 80),
@@ -157,6 +162,7 @@ def test_kernels_for_large_shapes(interpreter, shape, groups, splits, precision)
     check(got.outputs, s, t, (True, True), precision)
 
 
+@pytest.mark.slow
 def test_more_parts_than_one_load_takes(interpreter):
     s, t = pair(300, 260)  # 17 tiles of 16 columns; 16 of their sums are read at once
     options = (KAPPA, EPS, "std", "float32", 1.0, True, True)

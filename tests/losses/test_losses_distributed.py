@@ -12,7 +12,7 @@ pytestmark = pytest.mark.ddp
 CHECKS = Path(__file__).with_name("ranks_losses.py")
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids="{}-ranks".format)
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 3], ids="{}-ranks".format)
 def outcome(request, tmp_path_factory) -> dict[str, str]:
     return ranks.run(CHECKS, request.param, tmp_path_factory.mktemp("ranks"))
 

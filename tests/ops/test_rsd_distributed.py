@@ -15,7 +15,7 @@ from xdfast.ops.rsd import PreparedTeacher, distributed, prepare_teacher, rsd_lo
 CHECKS = Path(__file__).with_name("ranks_rsd.py")
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3], ids="{}-ranks".format)
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow), 3], ids="{}-ranks".format)
 def outcome(request, tmp_path_factory) -> dict[str, str]:
     return ranks.run(CHECKS, request.param, tmp_path_factory.mktemp("ranks"))
 

@@ -90,6 +90,7 @@ def test_sigterm_to_torchrun_saves_on_all_ranks_and_the_same_command_continues(t
     assert torch.load(out / "resume.pt", weights_only=True)["state"]["step"] >= stopped
 
 
+@pytest.mark.slow
 def test_a_policy_trains_on_two_processes(tmp_path) -> None:
     from policy_parts import write_demos
 

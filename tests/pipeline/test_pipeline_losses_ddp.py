@@ -28,7 +28,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=110)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_train_losses_that_talk(parallel, tmp_path: Path) -> None:
     run = torchrun("distill", *FLAGS, "--parallel", parallel, "--out", str(tmp_path / "run"))
     assert run.returncode == 0, run.stdout + run.stderr
@@ -41,6 +41,7 @@ def test_two_processes_train_losses_that_talk(parallel, tmp_path: Path) -> None:
     assert projected == {f"{name}_t{n}" for name in ("crd", "rsd", "rsd_at_layer2", "fitnet_at_layer2") for n in (1, 2)}
 
 
+@pytest.mark.slow
 def test_exact_tails_are_refused_with_them(tmp_path: Path) -> None:
     run = torchrun("distill", *FLAGS, "--tail", "exact", "--out", str(tmp_path / "run"))
     assert run.returncode != 0

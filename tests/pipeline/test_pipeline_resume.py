@@ -84,7 +84,10 @@ def unbroken(settings) -> Path:
     return out
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM], ids=["kill-9", "sigterm"])
+@pytest.mark.parametrize(
+    "signal_number",
+    [pytest.param(signal.SIGKILL, id="kill-9"), pytest.param(signal.SIGTERM, id="sigterm", marks=pytest.mark.slow)],
+)
 def test_killed_and_continued_equals_unbroken(settings, unbroken, signal_number) -> None:
     out = Path(settings["root"]) / f"broken-{signal_number}"
     mine = {k: v for k, v in settings.items() if k != "root"} | {"out": str(out)}
@@ -111,7 +114,7 @@ def test_killed_and_continued_equals_unbroken(settings, unbroken, signal_number)
     assert rows(out) == rows(unbroken)
 
 
-@pytest.mark.parametrize("when", ["validating", "filling"])
+@pytest.mark.parametrize("when", ["validating", pytest.param("filling", marks=pytest.mark.slow)])
 def test_sigterm_outside_of_steps_does_not_wait_for_their_end(settings, unbroken, tmp_path, when) -> None:
     """Validation of a large set takes minutes; a machine that is taken away leaves seconds."""
     out = tmp_path / "run"
