@@ -24,8 +24,9 @@ from xdfast.pipeline.actdistill_task import EncapsulationTask
 from xdfast.pipeline.alone import alone_in
 from xdfast.pipeline.folder import finish, open_folder
 from xdfast.pipeline.journal import read_history
-from xdfast.pipeline.loop import autocast, train
+from xdfast.pipeline.loop import train
 from xdfast.pipeline.policy_config import StepsConfig
+from xdfast.pipeline.precision import autocast
 from xdfast.pipeline.task import millions, seed_everything
 from xdfast.progress import ProgressLine
 from xdfast.robot.model_files import load_weights

@@ -11,7 +11,7 @@ from xdfast import distributed
 from xdfast.data.store import StoreCheck, TeacherStore
 from xdfast.pipeline.config import DistillConfig
 from xdfast.pipeline.journal import ProgressLine
-from xdfast.pipeline.loop import autocast
+from xdfast.pipeline.precision import autocast
 from xdfast.pipeline.teacher import CachedTeacher, cache_root, stores
 from xdfast.pipeline.teachers import Teachers
 

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from xdfast.models import create_model
 from xdfast.models.checkpoint import atomic_write
-from xdfast.pipeline.loop import autocast
 from xdfast.pipeline.policy_task import PolicyTask
+from xdfast.pipeline.precision import autocast
 from xdfast.robot.diffusion import DiffusionSettings
 from xdfast.robot.encoder import build_encoder
 from xdfast.robot.policy import DiffusionPolicy, PolicySpec

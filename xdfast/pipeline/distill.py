@@ -23,6 +23,7 @@ from xdfast.pipeline.data import Images, eval_loader, open_images, train_loader,
 from xdfast.pipeline.folder import RunResult, model_source, open_folder
 from xdfast.pipeline.monitor import Monitor, sample
 from xdfast.pipeline.parallel import prepare_teacher
+from xdfast.pipeline.precision import computed_precision
 from xdfast.pipeline.task import DistillTask, seed_everything
 from xdfast.pipeline.teacher import CachedTeacher, LiveTeacher, open_store
 from xdfast.pipeline.teachers import Teachers
@@ -41,8 +42,6 @@ from xdfast.pipeline.train_run import make_student, run_training, settings_of
 __all__ = ["distill"]
 
 log = logging.getLogger("xdfast")
-
-_DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def distill(
@@ -153,6 +152,8 @@ def prepare(
     images = open_images(config, data, val_data)
     classes = len(images.train.classes)
 
+    precision, dtype = computed_precision(config.teacher_precision, distributed.device_for_rank(config.device))
+
     def load_teacher(number: int) -> FeatureModel:
         # a teacher without pretrained weights must be the same on every rank
         seed_everything(config.seed, 3, *([number] if number else []))
@@ -161,7 +162,7 @@ def prepare(
             pretrained=config.teacher_pretrained,
             image_size=sizes[number] or None,
             frozen=True,
-            dtype=_DTYPES[config.teacher_precision],
+            dtype=dtype,
             device=distributed.device_for_rank(config.device),
             options=config.teacher_options,
             taps=tuple(theirs for theirs in dict.fromkeys(taps[number].values()) if theirs != LOGITS),
@@ -197,7 +198,7 @@ def prepare(
         for number, (net, live) in enumerate(zip(nets, lives, strict=True)):
             store = open_store(
                 _store_folder(config.cache, number, len(nets)), net, hashes[number], images.train, loader, live.kinds,
-                views=config.cache_views, dtype=config.cache_dtype, precision=config.teacher_precision, amp=config.amp,
+                views=config.cache_views, dtype=config.cache_dtype, precision=precision, amp=config.amp,
             )  # fmt: skip
             load, first = partial(load_teacher, number), None if store.complete else net
             members.append(CachedTeacher(store, load, loader, live.kinds, net=first, progress=config.progress))

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from xdfast import distributed
 from xdfast.pipeline.alone import alone_in
 from xdfast.pipeline.folder import RunResult, finish, model_source, open_folder
-from xdfast.pipeline.loop import autocast, train
+from xdfast.pipeline.loop import train
 from xdfast.pipeline.policy_config import PolicyConfig
 from xdfast.pipeline.policy_task import PolicyTask
+from xdfast.pipeline.precision import autocast
 from xdfast.pipeline.task import millions, seed_everything
 from xdfast.progress import ProgressLine
 from xdfast.robot.demos.open import Demonstrations, open_demos

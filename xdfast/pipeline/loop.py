@@ -7,7 +7,6 @@ anywhere and started again ends with the weights of an unbroken one.
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -23,14 +22,14 @@ from xdfast import distributed
 from xdfast.data import Batch
 from xdfast.models.checkpoint import CheckpointError, load_resume, save_resume
 from xdfast.pipeline.ahead import Ready, ahead, lane_for
-from xdfast.pipeline.config import RunConfig
 from xdfast.pipeline.journal import Journal, ProgressLine
 from xdfast.pipeline.optim import build_optimizer, build_schedule
 from xdfast.pipeline.parallel import Parallel
+from xdfast.pipeline.precision import autocast
 from xdfast.pipeline.session import Session, StoppedAtOnce
 from xdfast.pipeline.task import TrainingTask, seed_everything
 
-__all__ = ["LoopResult", "autocast", "train"]
+__all__ = ["LoopResult", "train"]
 
 log = logging.getLogger("xdfast")
 
@@ -279,26 +278,6 @@ def _make_ready(
         images, targets = batch_augment(images, targets, torch.initial_seed())
     with autocast(config, device):
         return Ready(batch, images, targets, task.teach(images, batch))
-
-
-def autocast(config: RunConfig, device: torch.device) -> Any:
-    """The mixed precision of a run, as a context; float32 on a CPU without instructions for it (told once)."""
-    dtype = torch.bfloat16 if config.amp == "bf16" else torch.float16
-    enabled = config.amp != "none" and (device.type != "cpu" or _cpu_computes(config.amp))
-    return torch.autocast(device.type, dtype=dtype, enabled=enabled)
-
-
-@functools.lru_cache
-def _cpu_computes(amp: str) -> bool:
-    """Whether oneDNN has kernels for it here (x86: AVX-512, AMX). PyTorch's own, which would run instead, take ten times as
-    long as float32: ResNet-18 at 84 px, 16 images forward and backward, 15 s instead of 1.5 s on one AVX2 core."""
-    ask = getattr(torch.ops.mkldnn, f"_is_mkldnn_{amp}_supported", None)  # a torch without oneDNN lacks it
-    supported = ask is not None and bool(ask())
-    if not supported:
-        log.info(
-            "amp=%s: this CPU has no instructions for it, which would be slower than float32; computing in float32", amp
-        )
-    return supported
 
 
 def _groups(batches: Any, size: int) -> Iterator[list[Any]]:
