@@ -27,7 +27,7 @@ INPUTS := pyproject.toml setup.py $(shell find csrc -type f \( -name '*.cpp' -o 
 .PHONY: help install install-robot demo demo-robot test test-slow test-gpu bench bench-data bench-cache bench-robot bench-policy bench-routed bench-actdistill bench-gpu harden figures docs docs-serve lint format build clean
 
 help:
-	@echo "make demo        train a small student from a teacher on real images, write a report (about 4 minutes on 2 cores)"
+	@echo "make demo        train a small student from a teacher on real images, write a report (4 to 10 minutes on 2 cores)"
 	@echo "                 your own: make demo DATA=/path/to/imagefolder TEACHER=vit_small_patch14_dinov2 STUDENT=resnet18"
 	@echo "make demo-robot  distil an encoder, train diffusion policies from 10 demonstrations, evaluate them (about 12 minutes)"
 	@echo "make test        the tests (make test-slow, make test-gpu: the rest of them)"
