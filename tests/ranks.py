@@ -33,7 +33,7 @@ def run(file: Path, world: int, folder: Path) -> dict[str, str]:
     outputs = []
     try:
         for process in processes:
-            outputs.append(process.communicate(timeout=100)[0])
+            outputs.append(process.communicate(timeout=200)[0])
     finally:
         for process in processes:
             process.kill()

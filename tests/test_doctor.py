@@ -175,7 +175,7 @@ sys.exit(doctor.main(sys.argv[2:]))
 def _run_without(hidden: str, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONSAFEPATH": "1", "COLUMNS": "200"}
     command = [sys.executable, "-c", _WITHOUT, hidden, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=100)
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=200)
 
 
 def test_works_without_the_optional_parts(tmp_path):

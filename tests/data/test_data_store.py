@@ -141,7 +141,7 @@ def test_a_large_store_has_few_shards(monkeypatch):
 
 def test_no_import_before_it_is_used():
     code = "import sys, xdfast; assert not [m for m in sys.modules if m.startswith('xdfast.data.store')]"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=200)
 
 
 # Arguments
@@ -240,7 +240,7 @@ def test_a_teacher_that_is_not_finite(folder, dtype, value):
 @pytest.mark.parametrize(("mode", "says"), [("kill", "killed 40"), ("ranks", "filled by 3"), ("facts", "one of two")])
 def test_processes(folder, mode, says):
     command = [sys.executable, str(PROCESSES), mode, str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0 and says in result.stdout, result.stdout + result.stderr
 
 

@@ -260,7 +260,7 @@ except StoreFull as error:
     assert store.count == 1
     sys.exit(5)
 """
-    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 5
+    assert subprocess.run([sys.executable, "-c", code], timeout=200).returncode == 5
 
 
 def test_a_warning_when_the_disk_is_too_small(folder, caplog):

@@ -57,7 +57,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path) -> None:
         [sys.executable, "-c", FULL_DISK, str(path), str(tmp_path / "student")],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
     )
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()

@@ -325,7 +325,7 @@ def test_every_instruction_set(capability, tmp_path) -> None:
     """The passes are compiled for several targets; each one this CPU can run is checked, chosen as torch chooses."""
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONSAFEPATH": "1"}
     process = subprocess.run(
-        [sys.executable, "-c", _OTHER_ISA], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", _OTHER_ISA], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200
     )
     assert process.returncode == 0, process.stderr[-3000:]
     name, bf16 = process.stdout.split()
@@ -338,6 +338,6 @@ def test_without_an_exported_sgemm(tmp_path) -> None:
     environment = os.environ | {"XDFAST_CPU_GEMM": "at", "PYTHONSAFEPATH": "1"}
     script = _OTHER_ISA + "assert op.cpu_gemm().startswith('at::mm'), op.cpu_gemm()\n"
     process = subprocess.run(
-        [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200
     )
     assert process.returncode == 0, process.stderr[-3000:]

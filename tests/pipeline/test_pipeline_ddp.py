@@ -31,7 +31,7 @@ def start(processes: int, *arguments: str) -> subprocess.Popen[str]:
 
 def xdfast_cli(processes: int, *arguments: str) -> None:
     process = start(processes, *arguments)
-    told, _ = process.communicate(timeout=110)
+    told, _ = process.communicate(timeout=200)
     assert process.returncode == 0, told
 
 
@@ -74,7 +74,7 @@ def test_sigterm_to_torchrun_saves_on_all_ranks_and_the_same_command_continues(t
     assert process.poll() is None, process.communicate()[0]
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
-    told, _ = process.communicate(timeout=100)
+    told, _ = process.communicate(timeout=200)
     # torchrun itself says that it was ended by a signal; both ranks left by themselves, within its patience of 30 s.
     assert process.returncode == 1 and told.count("the state is saved in") >= 1 and "SIGKILL" not in told, told
     stopped = torch.load(out / "resume.pt", weights_only=True)["state"]["step"]
@@ -86,7 +86,7 @@ def test_sigterm_to_torchrun_saves_on_all_ranks_and_the_same_command_continues(t
     while f"step {stopped}" not in (line := process.stdout.readline()) and time.monotonic() < end:
         assert line, "it ended without saying where it continues"
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=100)
+    process.communicate(timeout=200)
     assert torch.load(out / "resume.pt", weights_only=True)["state"]["step"] >= stopped
 
 

@@ -25,7 +25,7 @@ FLAGS = [
 def torchrun(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "xdfast"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    return subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=110)
+    return subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=200)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])

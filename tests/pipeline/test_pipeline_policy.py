@@ -75,7 +75,7 @@ def test_killed_and_continued_equals_unbroken(demos, tmp_path) -> None:
     killed.communicate()
     assert not (broken / "summary.json").is_file()
     for process in (unbroken, start(broken)):
-        _, errors = process.communicate(timeout=100)
+        _, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors
     a, b = (load_file(path / "policy" / "policy.safetensors") for path in (whole, broken))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

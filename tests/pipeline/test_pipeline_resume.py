@@ -56,7 +56,7 @@ def steps_done(out: Path) -> int:
 
 def finish(settings: dict) -> None:
     process = start(settings)
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
 
 
@@ -136,7 +136,7 @@ xdfast.distill(**json.loads(sys.argv[1]))
     )  # fmt: skip
     assert process.stdout.readline() == "there\n", process.stderr.read()
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=100)
+    _, told = process.communicate(timeout=200)
     assert process.returncode == 0 and "the state is saved" in told, told
     state = torch.load(out / "resume.pt", weights_only=True)["state"]
     assert (state["epoch"], state["batch"]) == (0, 7 if when == "validating" else 0)  # validation is still to come

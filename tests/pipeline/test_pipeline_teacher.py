@@ -253,7 +253,7 @@ def test_kill_9_at_any_moment_ends_with_the_same_weights(pictures, tmp_path) -> 
     def run(name: str) -> dict:
         return {**settings, "cache": str(tmp_path / f"store-{name}"), "out": str(tmp_path / name)}
 
-    assert start(run("unbroken")).wait(timeout=100) == 0
+    assert start(run("unbroken")).wait(timeout=200) == 0
     resume = tmp_path / "broken" / "resume.pt"
     draw, killed = random.Random(0), 0
     for _ in range(10):
@@ -267,7 +267,7 @@ def test_kill_9_at_any_moment_ends_with_the_same_weights(pictures, tmp_path) -> 
             process.send_signal(signal.SIGKILL)
             killed += 1
         process.wait()
-    assert killed > 0 and start(run("broken")).wait(timeout=100) == 0
+    assert killed > 0 and start(run("broken")).wait(timeout=200) == 0
     assert same(weights(tmp_path / "unbroken"), weights(tmp_path / "broken"))
 
 

@@ -78,7 +78,7 @@ def test_install_asks_apt_as_root_and_never_fails(tmp_path: Path, no_osmesa):
     environment = {**os.environ, **no_osmesa, **_NO_EGL, "PATH": f"{apt.parent}:{os.environ['PATH']}"}
     environment.pop("MUJOCO_GL", None)
     command = [sys.executable, "-m", "xdfast.robot.sim.install"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr
     if "simulated tasks render with" in run.stdout:  # a GPU
         return
