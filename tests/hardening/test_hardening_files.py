@@ -43,13 +43,12 @@ def test_images(tmp_path, decoder) -> None:
     _read("images", decoder, decoder, SEED, 600 if LONG else 24, tmp_path)
 
 
+@pytest.mark.slow  # tests/robot damages some of these in make test
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     "name", ["lerobot_h264", "lerobot_images", "pusht_like.zarr", "real_like.zarr.zip", "robomimic.hdf5", "xdfast"]
 )
 def test_demonstrations(tmp_path, name) -> None:
-    if not LONG:
-        pytest.skip("tests/robot damages these in the quick form; make harden does more of it")
     for start, packages in PACKAGES.items():
         for package in packages if name.startswith(start) else ():
             pytest.importorskip(package)
