@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = [
     "csrc/ops.cpp",
     "csrc/cpu/attention.cpp",
+    "csrc/cpu/conv_rows.cpp",
     "csrc/cpu/gemm.cpp",
     "csrc/cpu/passes.cpp",
     "csrc/cpu/routed.cpp",

@@ -68,6 +68,8 @@ def measure(size: str, *, batch: int = 1, device: str = "cpu", budget: float = 3
     assert images is not None and state is not None and noise is not None
     scheduler = make_scheduler(policy.spec.diffusion)
     runners = {"ours": PolicyRunner(policy, batch, device=device)}
+    if device == "cpu":
+        runners["ours, by modules"] = PolicyRunner(policy, batch, packed=False)
     if device == "cuda":
         runners["ours, no graph"] = PolicyRunner(policy, batch, device=device, graph=False)
     elif size == "small":  # compiling the field's takes minutes

@@ -22,7 +22,9 @@ def report() -> dict:
 def test_report_is_json_and_complete(report):
     again = json.loads(json.dumps(report))
     assert again == report
-    parts = "xdfast python packages cpu cuda extension kernels packing apex dali robot deploy extras ops warnings"
+    parts = (
+        "xdfast python packages cpu cuda extension kernels packing denoising apex dali robot deploy extras ops warnings"
+    )
     assert set(report) == set(parts.split())
 
 

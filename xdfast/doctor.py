@@ -61,6 +61,7 @@ def collect() -> dict[str, Any]:
         "extension": _extension(warnings),
         "kernels": _kernels(),
         "packing": _packing(),
+        "denoising": _denoising(),
         "apex": asdict(_apex(warnings)),
         "dali": _dali(warnings),
         "robot": _robot(warnings),
@@ -230,6 +231,15 @@ def _packing() -> dict[str, Any]:
     return {"available": available, "reason": reason}
 
 
+def _denoising() -> dict[str, Any]:
+    """Whether a diffusion policy's denoiser on the CPU runs in fused layers."""
+    module, error = _try_import("xdfast.ops.conv_rows")
+    if module is None:
+        return {"available": False, "reason": f"xdfast.ops does not import ({error})"}
+    available, reason = module.conv_rows_available()
+    return {"available": available, "reason": reason}
+
+
 def _apex(warnings: list[str]) -> Any:
     status = apex_status()
     if status.kind == "impostor":
@@ -384,6 +394,8 @@ def _print(report: dict[str, Any]) -> None:
     kernels, apex, dali = report["kernels"], report["apex"], report["dali"]
     packing = report["packing"]
     rows.append(("routed layers on a CPU", "prepared" if packing["available"] else "plain linear", packing["reason"]))
+    denoising = report["denoising"]
+    rows.append(("decisions on a CPU", "fused" if denoising["available"] else "by modules", denoising["reason"]))
     rows.append(("Triton kernels", "yes" if kernels["has_triton"] else "no", kernels["reason"]))
     rows.append(("NVIDIA apex", "usable" if apex["usable"] else apex["kind"], apex["message"]))
     rows.append(("NVIDIA DALI", "installed" if dali["installed"] else "missing", dali["reason"]))

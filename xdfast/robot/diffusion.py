@@ -125,23 +125,28 @@ class Diffusion(nn.Module):
         target = actions if self.settings.prediction == "sample" else noise
         return F.mse_loss(predicted.float(), target.float())
 
-    def sample(self, condition: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, condition: Tensor, noise: Tensor, denoiser: Denoiser | None = None) -> Tensor:
         """Actions ``[B, H, A]`` in [-1, 1].
 
         Args:
             condition: as in :meth:`loss`.
             noise: standard normal ``[S + 1, B, H, A]`` for ddpm, ``[1, B, H, A]`` suffices for ddim: the start, then what
                 each step adds. Given from outside, so that an episode's noise does not depend on which others run beside it.
+            denoiser: in the network's place, such as :class:`xdfast.robot.packed_unet.PackedUnet`.
         """
-        film = self.unet.condition_part(condition)
-        times = self.unet.time_part(self.steps)  # [S, F]
+        denoiser = self.unet if denoiser is None else denoiser
+        film = denoiser.condition_part(condition)
+        times = denoiser.time_part(self.steps)  # [S, F]
         x = noise[0].to(film.dtype)
         stochastic = self.settings.scheduler == "ddpm"
         for index in range(len(self.steps)):
-            x = self.step(x, film + times[index], self.table[index], noise[index + 1] if stochastic else None)
+            added = noise[index + 1] if stochastic else None
+            x = self.step(x, film + times[index], self.table[index], added, denoiser)
         return x
 
-    def step(self, x: Tensor, film: Tensor, row: Tensor, noise: Tensor | None = None) -> Tensor:
+    def step(
+        self, x: Tensor, film: Tensor, row: Tensor, noise: Tensor | None = None, denoiser: Denoiser | None = None
+    ) -> Tensor:
         """One denoising step, ``p · clip(x̂₀) + q · x + r · ε̂ + s · noise``.
 
         Args:
@@ -149,8 +154,9 @@ class Diffusion(nn.Module):
             film: both parts of the denoiser's condition for this step, summed.
             row: of ``table``, ``[6]``.
             noise: what ddpm adds, ``[B, H, A]``; None for ddim.
+            denoiser: as in :meth:`sample`.
         """
-        predicted = self.unet.denoise(x, film)
+        predicted = (denoiser or self.unet).denoise(x, film)
         p, q, r, s, keep, spread = row.to(x.dtype).unbind()
         if self.settings.prediction == "sample":
             clean, added = predicted, (x - keep * predicted) / spread

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from xdfast.nn import routed_stacks
 from xdfast.nn.convert_hf import RoutedDecoder
+from xdfast.robot.packed_unet import packed_sampling
 
 if TYPE_CHECKING:
     from xdfast.robot.policy import DiffusionPolicy
@@ -29,7 +30,8 @@ class PolicyRunner:
     """Decides for a fixed number of robots at once; smaller batches are filled up, so that shapes never change.
 
     On a GPU the whole decision (encoding, all denoising steps) is captured in one CUDA graph and replayed: one launch
-    instead of hundreds (written for it, not yet run on a device). :attr:`reason` says what is used.
+    instead of hundreds (written for it, not yet run on a device). On a CPU the denoiser of a diffusion policy runs in fused
+    layers (:class:`xdfast.robot.packed_unet.PackedUnet`) where the compiled extension is there. :attr:`reason` says what is used.
 
     Of a policy with routed layers the host reads which layers run, so that what is skipped costs nothing: on a GPU it is not
     captured as a whole, but one robot's layers are one graph each (:func:`fixed_size`). With ``executor="list"``, whose counts stay
@@ -40,7 +42,12 @@ class PolicyRunner:
         batch: robots.
         device: where it runs.
         graph: capture a CUDA graph; default: on CUDA devices.
-        compile: torch.compile of what follows the encoder (seconds at the start; needs a C++ compiler on a CPU).
+        compile: torch.compile of what follows the encoder, instead of the fused layers (up to a minute at the start; needs a C++
+            compiler on a CPU).
+        packed: whether to run the fused layers; default: where they can be.
+
+    Raises:
+        ValueError: ``graph=True`` or ``packed=True`` where that cannot be.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class PolicyRunner:
         device: torch.device | str = "cpu",
         graph: bool | None = None,
         compile: bool = False,
+        packed: bool | None = None,
     ) -> None:
         self.device = torch.device(device)
         # on a CPU convolutions of a single picture, and of one robot's actions, are fastest channels last
@@ -71,6 +79,13 @@ class PolicyRunner:
         self.reason = "captured in a CUDA graph" if wanted else f"eager on {self.device.type}"
         if compile:
             self.reason += ", denoising loop compiled"
+        else:
+            sample, why = packed_sampling(self.policy, self.device)
+            if packed and sample is None:
+                raise ValueError(f"packed=True cannot be: {why}")
+            if packed is not False:
+                self._sample = sample or self._sample
+                self.reason += f", {why}" if why else ""
         self._graph: Any = None
         if wanted:
             self._capture()

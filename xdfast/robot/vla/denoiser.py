@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xdfast.ops._precision import without_autocast
-from xdfast.robot.diffusion import Diffusion, DiffusionSettings
+from xdfast.robot.diffusion import Denoiser, Diffusion, DiffusionSettings
 from xdfast.robot.unet1d import SinusoidalEmbedding
 
 __all__ = ["ChunkDenoiser", "DiffusionHead"]
@@ -146,7 +146,7 @@ class DiffusionHead(Diffusion):
         with torch.autocast(kind, enabled=kind == "cuda" and torch.is_autocast_enabled("cuda")):
             return super().loss(actions.to(dtype), condition.to(dtype), draws)
 
-    def sample(self, condition: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, condition: Tensor, noise: Tensor, denoiser: Denoiser | None = None) -> Tensor:
         """See :meth:`Diffusion.sample`.
 
         Raises:
@@ -158,7 +158,7 @@ class DiffusionHead(Diffusion):
                 f"expected noise {list(wanted)}, got {list(noise.shape)}; vla.noise({len(condition)}) makes it"
             )
         with without_autocast(condition.device):
-            return super().sample(condition.to(self.unet.leave.weight.dtype), noise)
+            return super().sample(condition.to(self.unet.leave.weight.dtype), noise, denoiser)
 
     def noise_shape(self, batch: int) -> tuple[int, int, int, int]:
         """Of what :meth:`sample` starts from, and of what each of ddpm's steps adds."""
