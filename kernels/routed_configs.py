@@ -52,6 +52,7 @@ def _tile(rows: int, columns: int, depth: int, warps: int, stages: int, programs
 # few rows: one robot, one image.
 _FEW = (_tile(64, 64, 64, 4, 3, 3), _tile(32, 64, 64, 4, 3, 4), _tile(16, 64, 64, 4, 3, 4))
 # Two accumulators and rows normalised on the way: with steps of 64, one variant of 32 rows spills on H100 (Triton 3.8).
+# On Blackwell it does without the normalisation, too.
 _FEW_PAIR_LOAD = (_tile(32, 64, 32, 4, 3, 4), _FEW[2])
 _HALF = {
     "norm_linear": (_tile(128, 128, 64, 8, 3, 1, 512), _tile(64, 128, 64, 8, 3, 2), *_FEW),
@@ -65,6 +66,7 @@ _HALF = {
 # A100: steps of 32 for 8 warps, with 64 the assembler aims at 128 registers and just misses.
 _MIDDLE_80 = _tile(64, 128, 32, 8, 4, 2)
 _HALF_80 = _HALF | {
+    "norm_linear_pair": (_HALF["norm_linear_pair"][0], _tile(64, 64, 64, 8, 3, 2), *_FEW[1:]),
     "norm_linear": (_HALF["norm_linear"][0], _MIDDLE_80, *_FEW),
     "norm_linear_pair_load": (_tile(64, 64, 32, 8, 3, 2), *_FEW_PAIR_LOAD),
     "linear_residual": (_HALF["linear_residual"][0], _MIDDLE_80, *_FEW),
@@ -73,6 +75,7 @@ _HALF_80 = _HALF | {
 }
 # Blackwell: the accumulator is in tensor memory, and the assembler aims at 128 registers and just misses.
 _HALF_100 = _HALF | {
+    "norm_linear_pair": (_HALF["norm_linear_pair"][0], _FEW[0], *_FEW_PAIR_LOAD),
     "norm_linear_load": (_tile(64, 128, 64, 4, 3, 2), _tile(64, 64, 64, 8, 3, 3), *_FEW[1:]),
 }
 _FEW_TF32 = (_tile(64, 64, 32, 4, 3, 3), _tile(32, 64, 32, 4, 3, 4), _tile(16, 64, 32, 4, 3, 4))
@@ -85,13 +88,17 @@ _TF32 = {
     "input_gradient": (_tile(64, 128, 32, 8, 3, 2), *_FEW_TF32),
     "weight_gradient": (_tile(64, 64, 32, 4, 3, 1),),
 }
+# Blackwell, again 128 registers just missed: one stage less.
+_TF32_100 = _TF32 | {
+    "linear_residual": (_tile(64, 128, 32, 8, 2, 2), _tile(64, 64, 32, 4, 2, 3), *_FEW_TF32[1:]),
+}
 # fp32, plain multiply-add: each the nearest that spills nothing on all three architectures.
 _FEW_FP32 = (_tile(64, 64, 16, 8, 3, 2), _tile(32, 64, 16, 4, 3, 3), _tile(16, 64, 16, 4, 3, 4))
 _32_ROWS, _16_ROWS = _tile(32, 64, 16, 4, 2, 3), _tile(16, 64, 32, 4, 2, 4)
 _FP32 = {
     "norm_linear": _FEW_FP32,
     "norm_linear_load": (*_FEW_FP32[:2], _16_ROWS),
-    "norm_linear_pair": (_tile(32, 64, 16, 8, 3, 2), _tile(16, 64, 16, 8, 3, 3)),
+    "norm_linear_pair": (_tile(32, 64, 16, 8, 3, 2), _tile(16, 64, 16, 8, 2, 3)),
     "norm_linear_pair_load": (_tile(32, 64, 16, 8, 3, 2), _16_ROWS),
     "linear_residual": (_FEW_FP32[0], _32_ROWS, _FEW_FP32[2]),
     "input_gradient": (_FEW_FP32[0], _32_ROWS, _FEW_FP32[2]),
@@ -129,7 +136,8 @@ _PASSES = {
 _TABLE: dict[tuple[str, int, str], tuple[RoutedTile, ...]] = {}
 for _arch in configs.ARCHITECTURES:
     _half = {80: _HALF_80, 100: _HALF_100}.get(_arch, _HALF)
-    for _product, _products in (("fp32", _FP32), ("tf32", _TF32), ("bf16", _half), ("fp16", _half)):
+    _tf32 = _TF32_100 if _arch == 100 else _TF32
+    for _product, _products in (("fp32", _FP32), ("tf32", _tf32), ("bf16", _half), ("fp16", _half)):
         for _kernel, _tiles in (_products | _PASSES).items():
             _TABLE[_kernel, _arch, _product] = _tiles
 
