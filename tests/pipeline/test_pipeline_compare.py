@@ -105,6 +105,12 @@ def test_a_failing_method_does_not_stop_the_others(tmp_path) -> None:
         ({"methods": {"x": {"los": "rsd"}}}, "los"),
         ({"pairs": {"p": {"student": "resnet18"}}}, "p names no teacher"),
         ({"pairs": {"p": {**PAIR, "studnet": "x"}}}, "did you mean 'student'|studnet"),
+        (
+            {"pairs": {"p": PAIR, "q": {**PAIR, "teacher": {"of": "pp"}}}},
+            "q takes the teacher of 'pp'.*Did you mean 'p'",
+        ),
+        ({"pairs": {"p": PAIR, "q": {**PAIR, "teacher": {"of": "p", "lr": 1}}}}, "nothing else beside it"),
+        ({"pairs": {"p": {**PAIR, "teacher": {"of": "p"}}}}, "has none of its own"),
         ({"only_methods": ("rds",)}, "only_methods: there is no 'rds'"),
         ({"only_pairs": ("q",)}, "only_pairs: there is no 'q'"),
         ({"seeds": 0}, "seeds"),
@@ -130,3 +136,16 @@ def test_a_part_can_be_chosen_and_the_command_line_names_what_is_wrong(tmp_path,
     )
     config.validate()
     assert [cell.method for cell in _students(config)] == ["kd"]
+
+
+def test_a_pair_may_take_the_teacher_of_another() -> None:
+    from xdfast.pipeline.compare import _students, _teachers
+
+    own = {"teacher": {"of": "p"}, "student": "timm.models.mlp_mixer:MlpMixer"}
+    given = {**TINY, "pairs": {"p": PAIR, "q": own}, "methods": METHODS, "out": "x", "only_pairs": ["q"]}
+    config = CompareConfig.from_dict(given)
+    config.validate()
+    assert [cell.name for cell in _teachers(config)] == ["p/teacher"]  # also where p itself is not asked for
+    assert {cell.config.teacher for cell in _students(config) if cell.method != "scratch"} == {"x/p/teacher"}
+    config = CompareConfig.from_dict({**given, "only_pairs": []})
+    assert [cell.name for cell in _teachers(config)] == ["p/teacher"]

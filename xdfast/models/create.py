@@ -15,7 +15,8 @@ from torch import nn
 from xdfast.errors import nearest
 from xdfast.models.checkpoint import CheckpointError
 from xdfast.models.features import FeatureModel
-from xdfast.models.students import CONFIG_FILE
+from xdfast.models.own import build_own, is_own, rebuildable
+from xdfast.models.students import CONFIG_FILE, WEIGHTS_FILE
 from xdfast.models.weights import fetch_failed, read_weights, state_dict_misfit
 
 __all__ = ["create_model"]
@@ -44,7 +45,9 @@ def create_model(
         spec: one of
 
             - a timm name, ``"resnet18"`` or ``"vit_small_patch14_dinov2.lvd142m"``;
-            - ``"NAME@/path/to/weights"``: that architecture with weights from a .safetensors, .pt or .pth file;
+            - ``"net.py:Net"`` or ``"package.module:Net"``: a class or function of your own, called with ``options``, and with
+              ``num_classes``, ``img_size`` and ``pretrained`` if it has these parameters;
+            - ``"NAME@/path/to/weights"``: either of them with weights from a .safetensors, .pt or .pth file;
             - a folder that :func:`xdfast.distill`, :func:`xdfast.finetune` or timm's ``save_for_hf`` wrote;
             - ``"hf-hub:OWNER/REPOSITORY"``;
             - an ``nn.Module``, used as it is (a copy of it if ``frozen``), or a :class:`FeatureModel`.
@@ -57,7 +60,8 @@ def create_model(
         options: further arguments of ``timm.create_model``, such as ``{"drop_path_rate": 0.1}``.
 
     Raises:
-        ValueError: unknown name (the nearest are offered), or options the architecture does not take.
+        ValueError: unknown name (the nearest are offered), options the architecture does not take, or code that fails.
+        TypeError: no model, or code that makes none.
         FileNotFoundError: no such file or folder.
         CheckpointError: damaged weights, or weights of another architecture.
         ConnectionError: the published weights could not be fetched; both ways out are named.
@@ -78,7 +82,9 @@ def create_model(
     if text.startswith("local-dir:") or Path(text).is_dir():
         name, net, size = _from_folder(Path(text.removeprefix("local-dir:")), image_size, options)
     elif "@" in text and not text.startswith("hf-hub:"):
-        name, net, size = _from_file(text, image_size, options)
+        name, net, size = _from_file(text, num_classes, image_size, options)
+    elif is_own(text):
+        name, net, size = _from_code(text, num_classes, wanted, image_size, options)
     else:
         name, net, size = _from_name(text, num_classes, wanted, image_size, options)
     model = FeatureModel(net, name=name, image_size=size, **shared)
@@ -140,8 +146,19 @@ def _from_folder(folder: Path, image_size: int | None, options: dict[str, Any]) 
         raise CheckpointError(f"{file} is damaged ({error}); copy or write the model again") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} is damaged (it holds a {type(config).__name__}); copy or write the model again")
+    own = config.get("xdfast", {}).get("own")
+    if "architecture" not in config and isinstance(own, dict) and rebuildable(str(own.get("spec"))):
+        size = image_size or int(config["xdfast"].get("image_size") or 224)
+        name, net, size = _from_code(own["spec"], None, False, size, {**own.get("arguments", {}), **options})
+        _load(net, read_weights(folder / WEIGHTS_FILE), name, str(folder))
+        return name, net, size
     if "architecture" not in config:
         module = config.get("xdfast", {}).get("module", "an unknown module")
+        if isinstance(own, dict):
+            raise ValueError(
+                f"{folder} holds the weights of {own.get('spec')}, code that is not run unasked: name it in front of them, "
+                f"{own.get('spec')}@{folder / WEIGHTS_FILE}"
+            )
         raise ValueError(
             f"{folder} holds the weights of {module}, which timm cannot rebuild: make the module yourself, load "
             f"{folder / 'model.safetensors'} with safetensors.torch.load_model, and pass the module"
@@ -167,8 +184,30 @@ def _from_folder(folder: Path, image_size: int | None, options: dict[str, Any]) 
     return config["architecture"], net, size
 
 
-def _from_file(text: str, image_size: int | None, options: dict[str, Any]) -> tuple[str, nn.Module, int]:
+def _from_code(
+    spec: str, num_classes: int | None, pretrained: bool, image_size: int | None, options: dict[str, Any]
+) -> tuple[str, nn.Module, int]:
+    net = build_own(spec, num_classes=num_classes, pretrained=pretrained, image_size=image_size, options=options)
+    facts: dict[str, Any] = getattr(net, "pretrained_cfg", None) or {}
+    size = image_size or options.get("img_size") or _module_size(net) or (facts.get("input_size") or (3, 224))[-1]
+    return spec, net, int(size)
+
+
+def _load(net: nn.Module, state: dict[str, torch.Tensor], name: str, source: str) -> None:
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(state_dict_misfit(name, source, error)) from error
+
+
+def _from_file(
+    text: str, num_classes: int | None, image_size: int | None, options: dict[str, Any]
+) -> tuple[str, nn.Module, int]:
     name, _, path = text.partition("@")
+    if is_own(name):
+        name, net, size = _from_code(name, num_classes, False, image_size, options)
+        _load(net, read_weights(Path(path).expanduser()), name, path)
+        return name, net, size
     cfg = _registered(name)
     state = read_weights(Path(path).expanduser())
     heads = cfg.classifier if isinstance(cfg.classifier, (tuple, list)) else (cfg.classifier,)

@@ -32,7 +32,8 @@ def save_student(
     """Writes ``model.safetensors`` and ``config.json``.
 
     ``config.json`` is timm's: architecture, its arguments, normalisation, class names; what is xdfast's own stands under
-    ``"xdfast"``. A network that timm cannot rebuild (a module of yours) is saved as weights alone, and the file says so.
+    ``"xdfast"``. A network that timm cannot rebuild (a module of yours) is saved as weights alone, and the file says so, and from
+    what code it came if it was named (``net.py:Net``).
 
     Args:
         model: only ``model.net`` is saved: no projector, no optimiser.
@@ -79,7 +80,8 @@ def _config(model: FeatureModel, classes: list[str] | None, extra: dict[str, Any
     if not architecture or not _rebuilds(architecture, net, options):
         kind = f"{type(net).__module__}.{type(net).__qualname__}"
         log.info("%s is not a model timm can rebuild: the weights are saved, the code stays yours", kind)
-        return {"xdfast": {**own, "module": kind}}
+        code = getattr(net, "xdfast_own", None)  # how `net.py:Net` was made
+        return {"xdfast": {**own, "module": kind, **({"own": code} if code else {})}}
     overlay = {key: facts[key] for key in _CFG_KEYS if facts.get(key) is not None}
     overlay |= {"input_size": (3, model.image_size, model.image_size), "mean": model.mean, "std": model.std}
     config: dict[str, Any] = {

@@ -36,7 +36,7 @@ class Pair:
 
     Attributes:
         teacher: what ``distill`` takes as teacher; or settings of ``finetune``, such as ``{"model": "resnet18", "epochs": 20}``:
-            then the teacher is trained once, in ``OUT/PAIR/teacher``.
+            then the teacher is trained once, in ``OUT/PAIR/teacher``; or ``{"of": "cnn-vit"}``: the teacher of that pair.
         student: what ``distill`` takes as student.
         settings: that differ for this pair's students, such as ``optimizer``.
     """
@@ -112,6 +112,14 @@ class CompareConfig(_Config):
             for key in ("teacher", "student"):
                 if not given.get(key):
                     raise ValueError(f"pairs: {name} names no {key}")
+            of = _of(given["teacher"])
+            if of is not None and (given["teacher"] != {"of": of} or of not in self.pairs):
+                raise ValueError(
+                    f"pairs: {name} takes the teacher of {of!r}, which must be another pair, and nothing else beside it."
+                    f"{nearest(str(of), self.pairs)}"
+                )
+            if of is not None and _of(self.pairs[of].get("teacher")) is not None:
+                raise ValueError(f"pairs: {name} takes the teacher of {of!r}, which has none of its own")
         for job in [*_teachers(self), *_students(self)]:
             job.config.validate()
 
@@ -169,7 +177,7 @@ def compare(config: CompareConfig | None = None, **settings: Any) -> CompareResu
         job.finished()  # a folder with other settings is told before hours of training
     failed: dict[str, str] = {}
     for title, jobs in (("teachers", list(_teachers(config))), ("students", students)):
-        ready = [job for job in jobs if f"{job.pair}/teacher" not in failed]
+        ready = [job for job in jobs if f"{_owner(config, job.pair)}/teacher" not in failed]
         failed |= run_all(ready, title=title, at_once=at_once, progress=config.progress)
     return _conclude(config, [job for job in students if job.name not in failed], failed)
 
@@ -227,10 +235,28 @@ def _shared(config: CompareConfig) -> dict[str, Any]:
     return {"data": config.data, "val_data": config.val_data, "device": config.device, **config.settings}
 
 
+def _of(teacher: Any) -> Any:
+    """Whose teacher a pair takes, or None."""
+    return teacher.get("of") if isinstance(teacher, dict) else None
+
+
+def _owner(config: CompareConfig, pair: str) -> str:
+    """The pair whose teacher this one has: itself, unless it says ``of``."""
+    return _of(config.pairs[pair]["teacher"]) or pair
+
+
+def _teacher(config: CompareConfig, pair: str) -> str:
+    """What ``distill`` takes: the folder of a teacher that is trained here, or what is given."""
+    owner = _owner(config, pair)
+    given = config.pairs[owner]["teacher"]
+    return str(Path(config.out) / owner / "teacher") if isinstance(given, dict) else given
+
+
 def _teachers(config: CompareConfig) -> Iterator[_Cell]:
-    for name, pair in _pairs(config).items():
-        if isinstance(pair.teacher, dict):
-            values = _shared(config) | pair.teacher | {"out": str(Path(config.out) / name / "teacher")}
+    for name in dict.fromkeys(_owner(config, name) for name in _pairs(config)):
+        given = config.pairs[name]["teacher"]
+        if isinstance(given, dict):
+            values = _shared(config) | given | {"out": _teacher(config, name)}
             yield _Cell(name, "teacher", FinetuneConfig.from_dict(values, source=f"teacher of {name}"))
 
 
@@ -238,7 +264,6 @@ def _students(config: CompareConfig) -> Iterator[_Cell]:
     """Seed by seed, so that all methods have come as far whenever it is stopped."""
     for seed in range(config.seeds):
         for name, pair in _pairs(config).items():
-            trained = isinstance(pair.teacher, dict)
             for method, own in _methods(config).items():
                 values = _shared(config) | config.student_settings | pair.settings | own
                 values |= {"seed": seed, "out": str(Path(config.out) / name / f"{method}-seed{seed}")}
@@ -246,8 +271,7 @@ def _students(config: CompareConfig) -> Iterator[_Cell]:
                 if "loss" not in own:
                     made: Any = FinetuneConfig.from_dict({**values, "model": pair.student}, source=where)
                 else:
-                    teacher = str(Path(config.out) / name / "teacher") if trained else pair.teacher
-                    values = {**values, "teacher": teacher, "student": pair.student, "monitor": 0}
+                    values = {**values, "teacher": _teacher(config, name), "student": pair.student, "monitor": 0}
                     made = DistillConfig.from_dict(values, source=where)
                 yield _Cell(name, method, made)
 
@@ -326,7 +350,5 @@ def _page(config: CompareConfig, pair: str, runs: list[RunResult], out: Path) ->
 
 
 def _teacher_top1(config: CompareConfig, pair: str) -> float | None:
-    folder = Path(config.out).expanduser() / pair / "teacher"
-    given = config.pairs[pair]["teacher"]
-    folder = folder if isinstance(given, dict) else Path(given).expanduser()
+    folder = Path(_teacher(config, pair)).expanduser()
     return load_run(folder).metrics.get("top1") if (folder / "summary.json").is_file() else None

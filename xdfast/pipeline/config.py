@@ -256,10 +256,10 @@ class DistillConfig(TrainConfig):
     """A student learns from a frozen teacher."""
 
     teacher: str
-    """timm name, NAME@/path/to/weights, or a folder that distill or finetune wrote; several: --teacher A --teacher B (a list
-    in Python and YAML)."""
+    """timm name, NAME@/path/to/weights, code (net.py:Net), or a folder that distill or finetune wrote; several: --teacher A
+    --teacher B (a list in Python and YAML)."""
     student: str
-    """timm name, NAME@/path/to/weights, or a folder that distill or finetune wrote."""
+    """timm name, NAME@/path/to/weights, code (net.py:Net), or a folder that distill or finetune wrote."""
     more_teachers: tuple[str, ...] = ()
     """The second and further teachers, where `teacher` is one name."""
     teacher_weights: tuple[float, ...] = ()
@@ -389,7 +389,7 @@ class FinetuneConfig(TrainConfig):
     """Supervised training of one model: from scratch, or from a distilled student."""
 
     model: str
-    """timm name, NAME@/path/to/weights, or a folder that distill or finetune wrote."""
+    """timm name, NAME@/path/to/weights, code (net.py:Net), or a folder that distill or finetune wrote."""
     freeze: Literal["none", "encoder"] = "none"
     """"encoder" trains the classifier alone (BatchNorm statistics stay)."""
 
