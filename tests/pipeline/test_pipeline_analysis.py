@@ -56,6 +56,7 @@ def test_the_start_of_a_run_is_made_again_to_the_bit(runs) -> None:
     assert weights_hash(initial_student(runs["unlabelled"])) != weights_hash(again)  # another seed
 
 
+@pytest.mark.slow
 def test_everything_on_one_page_and_measured_once(runs, tmp_path, monkeypatch) -> None:
     asked = {
         "out": tmp_path / "r.html", "measure_speed": False, "analysis": "all", "analysis_images": 8, "progress": False,

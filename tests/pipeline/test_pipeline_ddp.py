@@ -48,6 +48,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path) -> None:
         torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_distillation_runs_on_two_processes_and_averages_the_projector(tmp_path) -> None:
     teacher = ["--teacher", "test_vit", "--no-teacher-pretrained", "--teacher-size", "32"]
     xdfast_cli(

@@ -40,6 +40,7 @@ def teacher(tmp_path_factory) -> str:
     return str(run.path)
 
 
+@pytest.mark.slow
 def test_agreement_and_neighbours_improve_over_epochs(teacher, tmp_path) -> None:
     settings = {**SETTINGS, "teacher": teacher, "epochs": 10, "monitor": 300}
     run = xdfast.distill(**settings, out=str(tmp_path / "run"))

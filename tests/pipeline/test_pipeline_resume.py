@@ -114,7 +114,8 @@ def test_killed_and_continued_equals_unbroken(settings, unbroken, signal_number)
     assert rows(out) == rows(unbroken)
 
 
-@pytest.mark.parametrize("when", ["validating", pytest.param("filling", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["validating", "filling"])
 def test_sigterm_outside_of_steps_does_not_wait_for_their_end(settings, unbroken, tmp_path, when) -> None:
     """Validation of a large set takes minutes; a machine that is taken away leaves seconds."""
     out = tmp_path / "run"

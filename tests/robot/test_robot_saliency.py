@@ -139,6 +139,7 @@ def test_bad_input() -> None:
         saliency_maps(state_only, episode(policy))
 
 
+@pytest.mark.slow
 @needs_renderer
 def test_evaluate_leaves_the_film_strip_even_without_videos(tmp_path, monkeypatch, caplog) -> None:
     from xdfast.pipeline.evaluate_policy import evaluate_policy
