@@ -38,7 +38,7 @@ help:
 	@echo "make bench-routed layers that are skipped, against dense ones and other ways to skip (about 12 minutes)"
 	@echo "make bench-actdistill a VLA, its student with half of the layers and two baselines in closed loop (hours; RUNS=folder)"
 	@echo "make harden      drawn cases of every loss and op, damaged files; writes bench/results/cpu/hardening.json (PARTS=\"losses ops\")"
-	@echo "make figures     the tables of README and docs from bench/results"
+	@echo "make figures     tables and pictures of README and docs from bench/results"
 	@echo "make docs        the documentation site in site/, warnings are errors      make docs-serve   while you write"
 	@echo "make lint        ruff, import rules, types          make format   let ruff rewrite"
 	@echo "make build       wheel and source archive in dist/"
@@ -145,6 +145,7 @@ figures: $(STAMP)
 	@"$(BIN)/python" -m xdfast.bench.routed_table README.md bench/results/cpu/routed.json B=16 exact 1 0.5 0.25
 	@"$(BIN)/python" -m xdfast.bench.routed_table docs/routed.md bench/results/cpu/routed.json
 	@"$(BIN)/python" -m xdfast.bench.recipes
+	@"$(BIN)/python" -m xdfast.bench.figures
 
 # Material for MkDocs announces a MkDocs 2 that pyproject.toml does not allow.
 docs: $(STAMP)
