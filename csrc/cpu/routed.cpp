@@ -72,7 +72,7 @@ RowList check_list(const char* op, const Tensor& index, int64_t units, int64_t r
   const int32_t* data = index.const_data_ptr<int32_t>();
   for (int64_t u = 0; u < units; ++u) {  // a plan of another batch must not read foreign memory
     TORCH_CHECK_VALUE(
-        data[u] >= 0 && (data[u] + 1) * rows_per_unit <= rows, op, ": unit ", data[u], " of ", rows_per_unit,
+        data[u] >= 0 && (int64_t{data[u]} + 1) * rows_per_unit <= rows, op, ": unit ", data[u], " of ", rows_per_unit,
         " rows is outside the ", rows, " rows of x; the plan belongs to another batch");
   }
   return {data, rows_per_unit};

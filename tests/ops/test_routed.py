@@ -268,8 +268,9 @@ def test_what_does_not_fit_is_told(call, error, message) -> None:
         call(torch.randn(6, 8), route_of([True, False, True], 2))
 
 
-def test_a_list_of_another_batch_does_not_read_foreign_memory() -> None:
-    x, index = torch.randn(6, 8), torch.tensor([0, 7, 2], dtype=torch.int32)
+@pytest.mark.parametrize("unit", [3, 7, -1, 2**31 - 1])  # the last one plus 1 is negative in 32 bits
+def test_a_list_of_another_batch_does_not_read_foreign_memory(unit) -> None:
+    x, index = torch.randn(6, 8), torch.tensor([0, unit, 2], dtype=torch.int32)
     rows = routed_op.implementation(x).rows
     with pytest.raises((ValueError, IndexError), match="another batch|out of range"):
         rows.gather_norm(x, None, None, index, 2, 2, "layer", 1e-6, False)

@@ -105,6 +105,20 @@ def test_the_folder_of_another_config_is_refused_and_overwritten_on_request(stud
         xdfast.finetune("test_resnet", out=str(tmp_path / "file"), **settings)
 
 
+def test_a_run_of_an_older_version_has_the_defaults_of_settings_that_are_new(tmp_path) -> None:
+    settings = {**SMALL, "epochs": 1}
+    first = xdfast.finetune("test_resnet", out=str(tmp_path / "a"), **settings)
+    file = tmp_path / "a" / "config.yaml"
+    lines = file.read_text().splitlines(keepends=True)
+    older = [line for line in lines if not line.startswith(("aug_repeats:", "label_loss:"))]
+    assert len(older) == len(lines) - 2
+    file.write_text("".join(older))
+    assert xdfast.finetune("test_resnet", out=str(tmp_path / "a"), **settings).metrics == first.metrics
+    file.write_text("".join(older))
+    with pytest.raises(ValueError, match=r"other settings \(label_loss: 'ce' there, 'bce' asked for\)"):
+        xdfast.finetune("test_resnet", out=str(tmp_path / "a"), **{**settings, "label_loss": "bce"})
+
+
 def test_a_run_that_started_from_other_weights_does_not_pass_for_this_one(tmp_path) -> None:
     first = xdfast.finetune("test_resnet", out=str(tmp_path / "first"), **SMALL)
     second = xdfast.finetune(first, out=str(tmp_path / "second"), **SMALL)

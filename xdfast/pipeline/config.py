@@ -62,6 +62,17 @@ class _Config:
         """Plain values, tuples as lists, ready for YAML and JSON."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Plain values of all settings that need not be given."""
+        found = {}
+        for f in dataclasses.fields(cls):
+            if f.default_factory is not dataclasses.MISSING:
+                found[f.name] = f.default_factory()
+            elif f.default is not dataclasses.MISSING:
+                found[f.name] = f.default
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+
     def _positive(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)

@@ -126,7 +126,7 @@ def open_folder(config: RunConfig, kind: str) -> tuple[Path, RunResult | None]:
             raise type(error)(f"cannot make the output folder {out}: {error}") from error
         path = out / "config.yaml"
         if path.is_file():
-            saved = load_yaml(path)
+            saved = {**config.defaults(), **load_yaml(path)}  # a run of an older version lacks settings that are new
             settings["weights"] = {**(saved.get("weights") or {}), **settings["weights"]}  # a source may be gone by now
             differing = [k for k in settings if k not in config.FREE and saved.get(k) != settings[k]]
             if differing and not _holds_work(out):
