@@ -23,7 +23,11 @@ def gather(results: Path) -> list[dict[str, Any]]:
         ("vla_metaworld.json", _vla),
         ("actdistill.json", _actdistill),
         ("cifar10_unlabelled.json", _cifar10),
+        ("policy_encoders.json", _encoders),
+        ("compare_cifar10.json", _compare),
     ):
+        if not (results / "cpu" / file).is_file():
+            continue  # not run yet
         values = json.loads((results / "cpu" / file).read_text(encoding="utf-8"))
         found += [{**figure, "file": f"bench/results/cpu/{file}"} for figure in read(values)]
     return found
@@ -65,6 +69,29 @@ def _actdistill(values: dict[str, Any]) -> list[dict[str, Any]]:
 def _cifar10(values: dict[str, Any]) -> list[dict[str, Any]]:
     what = f"features of a teacher of {100 * values['teacher_top1']:.1f} % top-1"
     return [_row("xdistill-cifar10", what, "knn", values["evaluation"]["knn"], 1, values["machine"], None, None)]
+
+
+def _encoders(values: dict[str, Any]) -> list[dict[str, Any]]:
+    device = f"{values['machine']['threads']} core of {values['machine']['cpu']}"
+    return [
+        _row(
+            "suite-encoders", f"{_short(row['task'])}, encoder {row['encoder']}", "success", row["success"], row["runs"],
+            device, row["train_seconds"], row["half_width"],
+        )
+        for row in values["rows"]
+    ]  # fmt: skip
+
+
+def _compare(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each pair: from scratch, KD and RSD."""
+    device, rows = values["environment"]["processor"], []
+    for row in values["rows"]:
+        if row["method"] in ("scratch", "kd", "rsd"):
+            what, top1 = f"{row['pair']}, {row['method']}", row["top1"]
+            rows.append(
+                _row("compare-cifar10", what, "top-1", top1["mean"], top1["n"], device, None, top1["half_width"])
+            )
+    return rows
 
 
 def _solved(recipe: str, what: str, solved: int, episodes: int, device: str, seconds: float) -> dict[str, Any]:

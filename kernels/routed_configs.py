@@ -75,6 +75,7 @@ _HALF_80 = _HALF | {
 }
 # Blackwell: the accumulator is in tensor memory, and the assembler aims at 128 registers and just misses.
 _HALF_100 = _HALF | {
+    "norm_linear": (*_HALF["norm_linear"][:2], _tile(64, 64, 64, 8, 3, 3), *_FEW[1:]),
     "norm_linear_pair": (_HALF["norm_linear_pair"][0], _FEW[0], *_FEW_PAIR_LOAD),
     "norm_linear_load": (_tile(64, 128, 64, 4, 3, 2), _tile(64, 64, 64, 8, 3, 3), *_FEW[1:]),
 }
@@ -96,7 +97,7 @@ _TF32_100 = _TF32 | {
 _FEW_FP32 = (_tile(64, 64, 16, 8, 3, 2), _tile(32, 64, 16, 4, 3, 3), _tile(16, 64, 16, 4, 3, 4))
 _32_ROWS, _16_ROWS = _tile(32, 64, 16, 4, 2, 3), _tile(16, 64, 32, 4, 2, 4)
 _FP32 = {
-    "norm_linear": _FEW_FP32,
+    "norm_linear": (_FEW_FP32[0], _32_ROWS, _FEW_FP32[2]),
     "norm_linear_load": (*_FEW_FP32[:2], _16_ROWS),
     "norm_linear_pair": (_tile(32, 64, 16, 8, 3, 2), _tile(16, 64, 16, 8, 2, 3)),
     "norm_linear_pair_load": (_tile(32, 64, 16, 8, 3, 2), _16_ROWS),
