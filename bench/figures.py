@@ -6,20 +6,19 @@ Every bar and line belongs to a committed file, which the picture names; a file 
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import routed_table, table
+from .markers import between_markers
 from .rsd import OURS
 
 __all__ = ["main", "speed_picture", "update_comparison"]
 
 #: Of all pictures here: ours, rivals from near to far, the ideal.
 _OURS, _RIVALS, _IDEAL = "#1b6ca8", ("#9fb8c8", "#c9a66b", "#b5651d"), "#888888"
-_BEGIN, _END = "<!-- bench:compare -->", "<!-- /bench:compare -->"
 
 
 def speed_picture(results: Path, to: Path) -> list[str]:
@@ -131,11 +130,7 @@ def update_comparison(document: str, told: dict[str, Any]) -> str:
     """
     from xdfast.pipeline.compare_table import markdown
 
-    block = f"{_BEGIN}\n{markdown(told['rows']).strip()}\n{_END}"
-    updated, count = re.subn(f"{_BEGIN}.*?{_END}", lambda _: block, document, flags=re.DOTALL)
-    if count != 1:
-        raise ValueError(f"the document must contain {_BEGIN} … {_END} once, found {count}")
-    return updated
+    return between_markers(document, "compare", markdown(told["rows"]).strip())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

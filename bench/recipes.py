@@ -34,15 +34,23 @@ def gather(results: Path) -> list[dict[str, Any]]:
 
 
 def _policies(values: dict[str, Any]) -> list[dict[str, Any]]:
+    return _successes(values, "policy-metaworld")
+
+
+def _encoders(values: dict[str, Any]) -> list[dict[str, Any]]:
+    return _successes(values, "suite-encoders")
+
+
+def _successes(values: dict[str, Any], recipe: str) -> list[dict[str, Any]]:
     machine = values["machine"]
     device = f"{machine['threads']} core of {machine['cpu']}"
-    return [
-        _row(
-            "policy-metaworld", f"{_short(row['task'])}, encoder from scratch", "success", row["success"], row["runs"],
-            device, row["train_seconds"], row["half_width"],
-        )
-        for row in values["rows"]
-    ]  # fmt: skip
+    rows = []
+    for row in values["rows"]:
+        encoder = row.get("encoder", "scratch")
+        what = f"{_short(row['task'])}, encoder {'from scratch' if encoder == 'scratch' else encoder}"
+        success, seconds, half = row["success"], row["train_seconds"], row["half_width"]
+        rows.append(_row(recipe, what, "success", success, row["runs"], device, seconds, half))
+    return rows
 
 
 def _vla(values: dict[str, Any]) -> list[dict[str, Any]]:
@@ -69,17 +77,6 @@ def _actdistill(values: dict[str, Any]) -> list[dict[str, Any]]:
 def _cifar10(values: dict[str, Any]) -> list[dict[str, Any]]:
     what = f"features of a teacher of {100 * values['teacher_top1']:.1f} % top-1"
     return [_row("xdistill-cifar10", what, "knn", values["evaluation"]["knn"], 1, values["machine"], None, None)]
-
-
-def _encoders(values: dict[str, Any]) -> list[dict[str, Any]]:
-    device = f"{values['machine']['threads']} core of {values['machine']['cpu']}"
-    return [
-        _row(
-            "suite-encoders", f"{_short(row['task'])}, encoder {row['encoder']}", "success", row["success"], row["runs"],
-            device, row["train_seconds"], row["half_width"],
-        )
-        for row in values["rows"]
-    ]  # fmt: skip
 
 
 def _compare(values: dict[str, Any]) -> list[dict[str, Any]]:

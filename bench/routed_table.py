@@ -8,11 +8,12 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from .markers import between_markers
 
 __all__ = ["HEADINGS", "SHORT_HEADINGS", "load", "markdown", "marked", "rows", "target_lines", "update"]
 
@@ -49,8 +50,6 @@ SHORT_HEADINGS = (
 
 #: Columns of a short table: up to index_add.
 _USUAL = 8
-
-_BEGIN, _END = "<!-- bench:routed -->", "<!-- /bench:routed -->"
 
 
 def rows(result: dict[str, Any]) -> list[list[str]]:
@@ -160,11 +159,7 @@ def update(text: str, results: Sequence[dict[str, Any]], words: Sequence[str] = 
     Raises:
         ValueError: the markers are missing.
     """
-    block = f"{_BEGIN}\n{markdown(results, words)}\n{_END}"
-    updated, found = re.subn(f"{_BEGIN}.*?{_END}", lambda _: block, text, flags=re.DOTALL)
-    if found != 1:
-        raise ValueError(f"the document must contain {_BEGIN} … {_END} once, found {found}")
-    return updated
+    return between_markers(text, "routed", markdown(results, words))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

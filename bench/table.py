@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .markers import between_markers
 from .rsd import OURS
 
 __all__ = ["from_benchmark_json", "markdown", "rows", "update_readme"]
@@ -32,8 +32,6 @@ HEADINGS = (
 
 #: The same for a terminal of 80 columns.
 SHORT_HEADINGS = ("N × D", "ms", "bf16", "liter.", "lightly", "compil.", "bf16:l.", "op/fl.", "GF/s", "MB", "lit.MB")
-
-_BEGIN, _END = "<!-- bench:rsd -->", "<!-- /bench:rsd -->"
 
 
 def rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -96,11 +94,7 @@ def update_readme(readme: str, results: Sequence[dict[str, Any]]) -> str:
     Raises:
         ValueError: the markers are missing.
     """
-    block = f"{_BEGIN}\n{markdown(results)}\n{_END}"
-    updated, count = re.subn(f"{_BEGIN}.*?{_END}", lambda _: block, readme, flags=re.DOTALL)
-    if count != 1:
-        raise ValueError(f"the README must contain {_BEGIN} … {_END} once, found {count}")
-    return updated
+    return between_markers(readme, "rsd", markdown(results))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
