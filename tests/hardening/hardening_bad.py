@@ -59,6 +59,7 @@ ALLOWED: dict[tuple[str, str, str], str] = {
     ("BudgetLoss", "gates", "a feature less"): "any number of branches, if there are no costs",
     ("BudgetLoss", "gates", "another device"): "one tensor alone is at home anywhere",
     ("BudgetLoss", "gates", "infinity"): "gates of layers that are always on are not looked at",
+    ("stage1_loss", "actions", "a sample less"): "its first dimension is layers, of which there may be any number",
     ("make_plan", "gates", "a sample less"): "any number of units that samples divide",
     ("make_plan", "gates", "a feature less"): "any number of branches",
     ("make_plan", "gates", "another device"): "one tensor alone is at home anywhere; the case itself reads its values",

@@ -385,8 +385,9 @@ def budget(draw) -> Case:
     target, norm = draw(st.sampled_from([0.5, 0.25, 1.0])), draw(st.sampled_from(["squared", "hinge"]))
     weight, balance, decisive = draw(weights), draw(st.sampled_from([0.0, 0.7])), draw(st.sampled_from([0.0, 0.3]))
     costs = random(seed, layers, branches).abs() + 0.1 if draw(st.booleans()) else None
-    share = torch.full((layers, branches), 1.0, dtype=torch.float64) if costs is None else costs
-    share = (share / share.sum()).float().double()
+    # shares of given costs are held in float32; without costs there are none, only a mean
+    share = torch.full((layers, branches), 1 / (layers * branches), dtype=torch.float64)
+    share = share if costs is None else (costs / costs.sum()).float().double()
     on = (0,) if layers > 2 and float(share[0].sum()) < target else ()
     criterion = BudgetLoss(target, costs, on, norm, weight, balance=balance, decisive=decisive)
     uniform = torch.special.ndtr(random(seed + 1, units, layers, branches))
@@ -409,7 +410,6 @@ def budget(draw) -> Case:
 
     tensors = {"gates": gates, "probabilities": chances} if decisive else {"gates": gates}
     case = Case(run, truth, tensors, tuple(tensors), scale=weight)
-    # costs are held in float32: their shares differ from float64's by its rounding
     case.exclude, case.small = ("1e4",), norm == "squared"
     case.same = [("permutation of units", _permuted(case, tuple(tensors), seed))]
     return case

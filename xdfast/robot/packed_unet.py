@@ -46,7 +46,8 @@ class PackedUnet:
     """Denoises like the :class:`ConditionalUnet1d` it was made from, to rounding; takes its place in
     :meth:`xdfast.robot.diffusion.Diffusion.sample`.
 
-    Its weights are copies in the kernel's layout, made anew at a decision before which the network's own have changed.
+    Its weights are copies in the kernel's layout (as much memory again), made at the first decision, and anew at one before which
+    the network's own have changed.
 
     Args:
         unet: float32 on the CPU.
