@@ -101,7 +101,7 @@ def _layers(axis: Any, path: Path) -> str:
 def _decision(axis: Any, path: Path) -> str:
     found = [b["extra_info"] for b in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]]
     order = ("usual loop", "ours, by modules", "ours, compiled loop", "ours")
-    ours = found[0]
+    ours = next(one for one in found if "target_ms" in one)  # the small one
     bars = [(name, ours["median_ms"][name]) for name in order if name in ours["median_ms"]]
     colours = [_OURS if name == "ours" else _RIVALS[0] for name, _ in bars]
     axis.barh(range(len(bars)), [ms for _, ms in bars], color=colours)

@@ -26,7 +26,7 @@ def gather(results: Path) -> list[dict[str, Any]]:
         ("policy_encoders.json", _encoders),
         ("compare_cifar10.json", _compare),
     ):
-        if not (results / "cpu" / file).is_file():
+        if file == "compare_cifar10.json" and not (results / "cpu" / file).is_file():
             continue  # not run yet
         values = json.loads((results / "cpu" / file).read_text(encoding="utf-8"))
         found += [{**figure, "file": f"bench/results/cpu/{file}"} for figure in read(values)]
@@ -47,7 +47,8 @@ def _successes(values: dict[str, Any], recipe: str) -> list[dict[str, Any]]:
     rows = []
     for row in values["rows"]:
         encoder = row.get("encoder", "scratch")
-        what = f"{_short(row['task'])}, encoder {'from scratch' if encoder == 'scratch' else encoder}"
+        encoder = {"scratch": "from scratch", "distilled": "distilled by make demo-robot"}.get(encoder, encoder)
+        what = f"{_short(row['task'])}, encoder {encoder}"
         success, seconds, half = row["success"], row["train_seconds"], row["half_width"]
         rows.append(_row(recipe, what, "success", success, row["runs"], device, seconds, half))
     return rows
@@ -83,10 +84,10 @@ def _compare(values: dict[str, Any]) -> list[dict[str, Any]]:
     """Of each pair: from scratch, KD and RSD."""
     device, rows = values["environment"]["processor"], []
     for row in values["rows"]:
-        if row["method"] in ("scratch", "kd", "rsd"):
+        if row["method"] in ("scratch", "kd", "rsd") and row["top1"]:
             what, top1 = f"{row['pair']}, {row['method']}", row["top1"]
             rows.append(
-                _row("compare-cifar10", what, "top-1", top1["mean"], top1["n"], device, None, top1["half_width"])
+                _row("compare-cifar10", what, "top1", top1["mean"], top1["n"], device, None, top1["half_width"])
             )
     return rows
 

@@ -43,7 +43,7 @@ TORCH_LIBRARY(xdfast_c, m) {
       "attention(Tensor q, Tensor k, Tensor v, Tensor offsets_q, Tensor offsets_k, float scale, bool causal) -> "
       "(Tensor out, Tensor lse)");
   // act(norm(conv(x))) (1 + scale) + shift + residual along H of x [B, H, I] (cpu/conv_rows.cpp), for inference: panels
-  // [ceil(O / 16), kernel * I, 16] and bias [ceil(O / 16) * 16] as xdfast/robot/packed_unet.py packs them; groups 0: no
+  // [ceil(O / 16), kernel * I, 16] and bias [ceil(O / 16) * 16] as xdfast/ops/conv_rows packs them; groups 0: no
   // norm and no Mish; film [B, F] with scale - 1 and shift, O each, from film_offset on.
   m.def(
       "conv_rows(Tensor x, Tensor panels, Tensor? bias, int outputs, int kernel, int stride, int padding, int groups, "

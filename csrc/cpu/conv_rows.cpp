@@ -223,8 +223,10 @@ Tensor conv_rows(
   TORCH_CHECK_VALUE(
       x.scalar_type() == at::kFloat && x.dim() == 3 && x.is_contiguous(), op,
       ": x must be contiguous float32 [B, H, I], but is ", x.scalar_type(), " ", x.sizes());
+  constexpr int64_t kMost = 1 << 24;  // products of two of them stay in range
   TORCH_CHECK_VALUE(
-      outputs >= 1 && kernel >= 1 && stride >= 1 && padding >= 0 && groups >= 0 && (groups == 0 || outputs % groups == 0),
+      outputs >= 1 && kernel >= 1 && stride >= 1 && padding >= 0 && groups >= 0 &&
+          std::max({outputs, kernel, stride, padding}) <= kMost && (groups == 0 || outputs % groups == 0),
       op, ": outputs ", outputs, ", kernel ", kernel, ", stride ", stride, ", padding ", padding, ", groups ", groups);
   const int64_t batch = x.size(0), height = x.size(1), inputs = x.size(2), padded = height + 2 * padding;
   const int64_t count = (outputs + kPanel - 1) / kPanel;
@@ -248,7 +250,7 @@ Tensor conv_rows(
   if (film) {
     TORCH_CHECK_VALUE(
         film->scalar_type() == at::kFloat && film->dim() == 2 && film->is_contiguous() && film->device().is_cpu() &&
-            film->size(0) == batch && film_offset >= 0 && film_offset + 2 * outputs <= film->size(1),
+            film->size(0) == batch && film_offset >= 0 && film_offset <= film->size(1) - 2 * outputs,
         op, ": film must be contiguous float32 [", batch, ", F] with 2 * ", outputs, " columns from ", film_offset,
         " on, but is ", film->scalar_type(), " ", film->sizes());
     film_data = film->const_data_ptr<float>() + film_offset;

@@ -116,12 +116,19 @@ def test_nan_stays_within_its_sample() -> None:
         ({"film": torch.zeros(1, 63)}, "with 2 . 32 columns from 0 on"),
         ({"film": torch.zeros(2, 64)}, "film must be"),
         ({"residual": torch.zeros(1, 7, 32)}, "residual must be"),
+        ({"film": torch.zeros(1, 64), "film_offset": 2**63 - 1}, "film must be"),
+        ({"film": torch.zeros(1, 64), "film_offset": -1}, "film must be"),
     ],
 )
 def test_wrong_inputs_are_named(change, message) -> None:
     given = {"x": torch.zeros(1, 8, 16), **change}
     with pytest.raises(ValueError, match=message):
         conv_rows(given.pop("x"), pack_rows(torch.zeros(32, 16, 5), torch.zeros(32), padding=2), **given)
+
+
+def test_padding_without_bounds_is_refused() -> None:
+    with pytest.raises(ValueError, match="padding 4611686018427387904"):
+        conv_rows(torch.zeros(1, 8, 16), pack_rows(torch.zeros(32, 16, 5), None, padding=2**62))
 
 
 def test_fewer_rows_than_the_kernel() -> None:

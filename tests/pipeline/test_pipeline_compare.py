@@ -88,6 +88,22 @@ def test_cells_are_runs_and_a_second_call_repeats_nothing(tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_models_of_ones_own_as_teacher_and_student_with_pages(tmp_path, monkeypatch) -> None:
+    """Every run is a process of its own, and none may be told by a folder alone what code to run."""
+    from own_net import CODE
+
+    monkeypatch.setenv("XDFAST_OWN_CODE", "")
+    (tmp_path / "net.py").write_text(CODE)
+    own = f"{tmp_path}/net.py:Net"
+    pairs = {"p": {"teacher": {"model": own, "student_options": {"width": 12}}, "student": own, "settings": {}}}
+    given = {**TINY, "pairs": pairs, "methods": {"scratch": {}, "rsd": {"loss": "rsd"}}, "out": str(tmp_path / "c")}
+    result = xdfast.compare(**{**given, "pages": True, "measure_speed": False})
+    assert not result.failed and [row["method"] for row in result.rows] == ["scratch", "rsd"]
+    assert (tmp_path / "c/p/report.html").stat().st_size > 10_000
+    assert json.loads((tmp_path / "c/compare.json").read_text())["pairs"] == pairs
+
+
+@pytest.mark.slow
 def test_a_failing_method_does_not_stop_the_others(tmp_path) -> None:
     methods = {"scratch": {}, "broken": {"loss": "kd", "taps": {"layer9": "blocks.0"}}}
     result = xdfast.compare(**{**TINY, "pairs": {"p": PAIR}, "methods": methods, "out": str(tmp_path / "x")})

@@ -119,6 +119,21 @@ def test_a_run_of_an_older_version_has_the_defaults_of_settings_that_are_new(tmp
         xdfast.finetune("test_resnet", out=str(tmp_path / "a"), **{**settings, "label_loss": "bce"})
 
 
+def test_code_of_ones_own_is_part_of_the_run(tmp_path, monkeypatch) -> None:
+    from own_net import CODE
+
+    monkeypatch.setenv("XDFAST_OWN_CODE", "")
+    file, settings = tmp_path / "net.py", {**SMALL, "epochs": 1}
+    file.write_text(CODE)
+    first = xdfast.finetune(f"{file}:Net", out=str(tmp_path / "a"), **settings)
+    assert xdfast.finetune(f"{file}:Net", out=str(tmp_path / "a"), **settings).metrics == first.metrics
+    assert first.student.num_classes == 10
+    assert xdfast.evaluate(first).metrics["top1"] == pytest.approx(first.metrics["top1"])
+    file.write_text(CODE.replace("mean((2, 3))", "amax((2, 3))"))
+    with pytest.raises(ValueError, match="other settings .weights: .*model code"):
+        xdfast.finetune(f"{file}:Net", out=str(tmp_path / "a"), **settings)
+
+
 def test_a_run_that_started_from_other_weights_does_not_pass_for_this_one(tmp_path) -> None:
     first = xdfast.finetune("test_resnet", out=str(tmp_path / "first"), **SMALL)
     second = xdfast.finetune(first, out=str(tmp_path / "second"), **SMALL)

@@ -52,6 +52,30 @@ def test_weights_that_change_are_packed_again() -> None:
 
 
 @needs_extension
+@torch.no_grad()
+def test_writes_past_the_versions_are_seen() -> None:
+    """A moving average writes through ``.data``; in a runner convolutions are channels last."""
+    policy = make_policy()
+    runner = PolicyRunner(policy, 1)
+    images, state, noise = example(policy, 1)
+    before = runner.act(images, state, noise)
+    for parameter in policy.diffusion.unet.down.parameters():
+        parameter.data.mul_(1.5)
+    assert abs(runner.act(images, state, noise) - before).max() > 1e-4
+
+
+@needs_extension
+@torch.no_grad()
+def test_under_autocast_and_of_nobody() -> None:
+    unet = ConditionalUnet1d(5, 11, widths=(16, 32)).eval()
+    packed, condition = PackedUnet(unet), torch.randn(2, 11)
+    film = packed.condition_part(condition)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packed.denoise(torch.randn(2, 8, 5), film.bfloat16()).shape == (2, 8, 5)
+    assert packed.denoise(torch.zeros(0, 8, 5), film[:0]).shape == (0, 8, 5)
+
+
+@needs_extension
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_runner_uses_it_and_says_so(batch) -> None:
     policy = make_policy()
@@ -80,3 +104,18 @@ def test_what_has_no_packed_form() -> None:
     assert packed_sampling(policy, torch.device("cuda"))[0] is None
     policy.diffusion.unet.double()
     assert "float32" in packed_sampling(policy, CPU)[1]
+    with pytest.raises(ValueError, match="choose one"):
+        PolicyRunner(make_policy(), 1, packed=True, compile=True)
+
+
+def test_a_network_of_somebody_else_runs_as_it_is() -> None:
+    class Quieter(ConditionalUnet1d):
+        def denoise(self, actions, film):
+            return 0.5 * super().denoise(actions, film)
+
+    policy = make_policy()
+    policy.diffusion.unet.__class__ = Quieter
+    assert packed_sampling(policy, CPU) == (None, "")
+    policy = make_policy()
+    policy.__class__ = type("Own", (type(policy),), {"core": property(lambda self: self.diffusion.loss)})
+    assert packed_sampling(policy, CPU) == (None, "")

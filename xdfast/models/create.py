@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -15,7 +16,7 @@ from torch import nn
 from xdfast.errors import nearest
 from xdfast.models.checkpoint import CheckpointError
 from xdfast.models.features import FeatureModel
-from xdfast.models.own import build_own, is_own, rebuildable
+from xdfast.models.own import TRUSTED, build_own, code_hash, is_own, rebuildable, split_weights
 from xdfast.models.students import CONFIG_FILE, WEIGHTS_FILE
 from xdfast.models.weights import fetch_failed, read_weights, state_dict_misfit
 
@@ -81,10 +82,12 @@ def create_model(
     wanted = frozen if pretrained is None else pretrained
     if text.startswith("local-dir:") or Path(text).is_dir():
         name, net, size = _from_folder(Path(text.removeprefix("local-dir:")), image_size, options)
-    elif "@" in text and not text.startswith("hf-hub:"):
-        name, net, size = _from_file(text, num_classes, image_size, options)
     elif is_own(text):
         name, net, size = _from_code(text, num_classes, wanted, image_size, options)
+    elif (own := split_weights(text)) is not None:
+        name, net, size = _from_code_and_weights(own[0], Path(own[1]).expanduser(), num_classes, image_size, options)
+    elif "@" in text and not text.startswith("hf-hub:"):
+        name, net, size = _from_file(text, image_size, options)
     else:
         name, net, size = _from_name(text, num_classes, wanted, image_size, options)
     model = FeatureModel(net, name=name, image_size=size, **shared)
@@ -146,22 +149,19 @@ def _from_folder(folder: Path, image_size: int | None, options: dict[str, Any]) 
         raise CheckpointError(f"{file} is damaged ({error}); copy or write the model again") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} is damaged (it holds a {type(config).__name__}); copy or write the model again")
-    own = config.get("xdfast", {}).get("own")
-    if "architecture" not in config and isinstance(own, dict) and rebuildable(str(own.get("spec"))):
-        size = image_size or int(config["xdfast"].get("image_size") or 224)
-        name, net, size = _from_code(own["spec"], None, False, size, {**own.get("arguments", {}), **options})
-        _load(net, read_weights(folder / WEIGHTS_FILE), name, str(folder))
-        return name, net, size
     if "architecture" not in config:
-        module = config.get("xdfast", {}).get("module", "an unknown module")
-        if isinstance(own, dict):
+        facts = _facts(config)
+        own = facts.get("own") or {}
+        if rebuildable(str(own.get("spec"))):
+            return _rebuilt(own["spec"], facts, folder / WEIGHTS_FILE, image_size, options)
+        if own:
             raise ValueError(
                 f"{folder} holds the weights of {own.get('spec')}, code that is not run unasked: name it in front of them, "
-                f"{own.get('spec')}@{folder / WEIGHTS_FILE}"
+                f"{own.get('spec')}@{folder / WEIGHTS_FILE}, or in the environment, {TRUSTED}={own.get('spec')}"
             )
         raise ValueError(
-            f"{folder} holds the weights of {module}, which timm cannot rebuild: make the module yourself, load "
-            f"{folder / 'model.safetensors'} with safetensors.torch.load_model, and pass the module"
+            f"{folder} holds the weights of {facts.get('module', 'an unknown module')}, which timm cannot rebuild: make the module "
+            f"yourself, load {folder / 'model.safetensors'} with safetensors.torch.load_model, and pass the module"
         )
     try:
         cfg = config.get("pretrained_cfg", config)
@@ -184,13 +184,58 @@ def _from_folder(folder: Path, image_size: int | None, options: dict[str, Any]) 
     return config["architecture"], net, size
 
 
+def _facts(config: Any) -> dict[str, Any]:
+    """xdfast's own part of a model's config.json."""
+    found = config.get("xdfast") if isinstance(config, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
 def _from_code(
     spec: str, num_classes: int | None, pretrained: bool, image_size: int | None, options: dict[str, Any]
 ) -> tuple[str, nn.Module, int]:
     net = build_own(spec, num_classes=num_classes, pretrained=pretrained, image_size=image_size, options=options)
     facts: dict[str, Any] = getattr(net, "pretrained_cfg", None) or {}
     size = image_size or options.get("img_size") or _module_size(net) or (facts.get("input_size") or (3, 224))[-1]
-    return spec, net, int(size)
+    digest = code_hash(spec)  # other code is another model, to a teacher's cache too
+    return spec + (f"#{digest[:8]}" if digest else ""), net, int(size)
+
+
+def _rebuilt(
+    spec: str, facts: dict[str, Any], weights: Path, image_size: int | None, options: dict[str, Any]
+) -> tuple[str, nn.Module, int]:
+    """A model of the user's code as :func:`save_student` left it; ``facts`` are those beside the weights."""
+    arguments = {**(facts.get("own") or {}).get("arguments", {}), **options}
+    classes = facts.get("num_classes")
+    size = image_size or facts.get("image_size")
+    name, net, size = _from_code(spec, classes, False, size, arguments)
+    if classes is not None:
+        seen = FeatureModel(net, image_size=size)
+        if seen.num_classes != classes:
+            seen.reset_classifier(classes)
+        seen.unwatch()
+    _load(net, read_weights(weights), name, str(weights))
+    return name, net, size
+
+
+def _from_code_and_weights(
+    spec: str, weights: Path, num_classes: int | None, image_size: int | None, options: dict[str, Any]
+) -> tuple[str, nn.Module, int]:
+    beside = weights.parent / CONFIG_FILE
+    if beside.is_file():  # a saved student: it knows how it was made
+        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
+            facts = _facts(json.loads(beside.read_text(encoding="utf-8")))
+            if facts.get("own"):
+                return _rebuilt(spec, facts, weights, image_size, options)
+    state = read_weights(weights)
+    try:  # the weights' own classes first; a classifier for others is put in afterwards
+        name, net, size = _from_code(spec, None, False, image_size, options)
+        _load(net, state, name, str(weights))
+    except (CheckpointError, ValueError):
+        if num_classes is None:
+            raise
+        name, net, size = _from_code(spec, num_classes, False, image_size, options)
+        _load(net, state, name, str(weights))
+    return name, net, size
 
 
 def _load(net: nn.Module, state: dict[str, torch.Tensor], name: str, source: str) -> None:
@@ -200,14 +245,8 @@ def _load(net: nn.Module, state: dict[str, torch.Tensor], name: str, source: str
         raise CheckpointError(state_dict_misfit(name, source, error)) from error
 
 
-def _from_file(
-    text: str, num_classes: int | None, image_size: int | None, options: dict[str, Any]
-) -> tuple[str, nn.Module, int]:
+def _from_file(text: str, image_size: int | None, options: dict[str, Any]) -> tuple[str, nn.Module, int]:
     name, _, path = text.partition("@")
-    if is_own(name):
-        name, net, size = _from_code(name, num_classes, False, image_size, options)
-        _load(net, read_weights(Path(path).expanduser()), name, path)
-        return name, net, size
     cfg = _registered(name)
     state = read_weights(Path(path).expanduser())
     heads = cfg.classifier if isinstance(cfg.classifier, (tuple, list)) else (cfg.classifier,)

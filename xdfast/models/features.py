@@ -92,6 +92,7 @@ class FeatureModel(nn.Module):
         self.register_buffer("_mean", torch.tensor(self.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(self.std).view(1, 3, 1, 1), persistent=False)
         self._classifier_name: str | None = None
+        self._watch: Any = None
         if self._is_timm:
             self.num_classes = int(getattr(net, "num_classes", 0) or 0)
             self.num_features = int(getattr(net, "head_hidden_size", None) or self.net.num_features)
@@ -180,7 +181,7 @@ class FeatureModel(nn.Module):
         self.num_classes = num_classes
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_captured": {}}  # activations neither can nor should be copied
+        return {**self.__dict__, "_captured": {}, "_watch": None}  # activations neither can nor should be copied
 
     def _run_timm(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         spatial = self.net.forward_features(x)
@@ -238,7 +239,12 @@ class FeatureModel(nn.Module):
             self._watch_classifier()
 
     def _watch_classifier(self) -> None:
-        self.classifier.register_forward_pre_hook(self._keep_input)  # type: ignore[union-attr]
+        self._watch = self.classifier.register_forward_pre_hook(self._keep_input)  # type: ignore[union-attr]
+
+    def unwatch(self) -> None:
+        """Takes the hook off the network again, which then belongs to nobody."""
+        if self._watch is not None:
+            self._watch.remove()
 
     # Bound methods rather than closures: a deep copy (an EMA, a frozen teacher) then fills its own dictionary.
     def _keep(self, tap: str, module: nn.Module, args: Any, output: Any) -> None:

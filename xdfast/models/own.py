@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -17,14 +18,51 @@ from torch import nn
 
 from xdfast.errors import nearest
 
-__all__ = ["build_own", "is_own", "rebuildable"]
+__all__ = ["TRUSTED", "allow", "build_own", "code_hash", "is_own", "rebuildable", "split_weights"]
 
-_SPEC = re.compile(r"(?P<place>.+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*)")
+_TEXT = r"(?P<place>.+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*)"
+_SPEC, _WITH_WEIGHTS = re.compile(_TEXT), re.compile(f"(?P<spec>{_TEXT})@(?P<weights>.+)")
+
+#: Code that saved models may name: specs with ``;`` between them. What is named in a process is added for it and its children.
+TRUSTED = "XDFAST_OWN_CODE"
+#: Packages whose classes a saved model may name without that.
+_PACKAGES = ("timm", "torchvision")
 
 
 def is_own(spec: str) -> bool:
     """Whether a model is named by its code: ``FILE.py:NAME`` or ``MODULE:NAME``."""
     return _SPEC.fullmatch(spec) is not None
+
+
+def split_weights(text: str) -> tuple[str, str] | None:
+    """(spec, file) of ``FILE.py:NAME@weights`` or ``MODULE:NAME@weights``; None if it is something else."""
+    match = _WITH_WEIGHTS.fullmatch(text)
+    return (match["spec"], match["weights"]) if match and not is_own(text) else None
+
+
+def allow(spec: str) -> None:
+    """The user named this code: models saved from it may be loaded by this process and those it starts."""
+    known = _trusted()
+    if _absolute(spec) not in known:
+        os.environ[TRUSTED] = ";".join([*known, _absolute(spec)])
+
+
+def code_hash(spec: str) -> str:
+    """Of the file's contents; empty for a module (its package has a version) and for a file that is not there."""
+    match = _SPEC.fullmatch(spec)
+    file = Path(match["place"]).expanduser() if match and match["place"].endswith(".py") else None
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file is not None and file.is_file() else ""
+
+
+def _trusted() -> list[str]:
+    return [_absolute(spec) for spec in os.environ.get(TRUSTED, "").split(";") if spec]
+
+
+def _absolute(spec: str) -> str:
+    match = _SPEC.fullmatch(spec)
+    if match is None or not match["place"].endswith(".py"):
+        return spec
+    return f"{Path(match['place']).expanduser().resolve()}:{match['name']}"
 
 
 def build_own(spec: str, *, num_classes: int | None, pretrained: bool, image_size: int | None, options: dict) -> Any:
@@ -34,7 +72,7 @@ def build_own(spec: str, *, num_classes: int | None, pretrained: bool, image_siz
     names (and they are known).
 
     Returns:
-        the module, an ``nn.Module``.
+        the module, an ``nn.Module`` with ``xdfast_own`` (spec and arguments). Models saved from it may be loaded from now on.
 
     Raises:
         FileNotFoundError: no such file.
@@ -42,6 +80,7 @@ def build_own(spec: str, *, num_classes: int | None, pretrained: bool, image_siz
         TypeError: it is not callable, or makes something else than a module.
     """
     make = _find(spec)
+    allow(spec)
     takes = _parameters(make)
     given = dict(options)
     for name, value in (("num_classes", num_classes), ("img_size", image_size), ("pretrained", pretrained)):
@@ -58,18 +97,20 @@ def build_own(spec: str, *, num_classes: int | None, pretrained: bool, image_siz
         raise ValueError(f"{spec} cannot be built with {given} ({type(error).__name__}: {error})") from error
     if not isinstance(net, nn.Module):
         raise TypeError(f"{spec} must make an nn.Module, got {type(net).__name__}")
-    net.xdfast_own = {"spec": spec, "arguments": {k: v for k, v in given.items() if k != "pretrained"}}  # type: ignore
+    net.xdfast_own = {"spec": _absolute(spec), "arguments": dict(options)}  # type: ignore
     return net
 
 
 def rebuildable(spec: str) -> bool:
-    """Whether a saved model may be made again by its spec alone: a class of ``nn.Module`` in an installed module.
+    """Whether a saved model may be made again by its spec alone: code the user named (:func:`allow`, ``XDFAST_OWN_CODE``), or
+    a class of ``nn.Module`` in timm or torchvision.
 
-    A folder of weights may come from anywhere; it must not choose what code runs. Making a module of a class that is installed
-    is harmless; a file, or a function, is only called if the user names it.
+    A folder of weights may come from anywhere; it must not choose what code runs, not even what is imported.
     """
+    if _absolute(spec) in _trusted():
+        return True
     match = _SPEC.fullmatch(spec)
-    if match is None or match["place"].endswith(".py"):
+    if match is None or match["place"].partition(".")[0] not in _PACKAGES or match["place"].endswith(".py"):
         return False
     try:
         found = _find(spec)
@@ -113,9 +154,10 @@ def _file(path: Path) -> ModuleType:
 def _module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except Exception as error:  # whatever its code raises
         raise ValueError(
-            f"module {name} cannot be imported ({error}); name an installed module, or a file: path/to/net.py:NAME"
+            f"module {name} cannot be imported ({type(error).__name__}: {error}); name an installed module, or a file: "
+            "path/to/net.py:NAME"
         ) from error
 
 

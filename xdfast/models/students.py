@@ -77,11 +77,12 @@ def _config(model: FeatureModel, classes: list[str] | None, extra: dict[str, Any
     }
     architecture = facts.get("architecture")
     options = getattr(net, "xdfast_options", {})
-    if not architecture or not _rebuilds(architecture, net, options):
+    code = getattr(net, "xdfast_own", None)  # how `net.py:Net` was made; what timm would make of its name may differ
+    if code or not architecture or not _rebuilds(architecture, net, options):
         kind = f"{type(net).__module__}.{type(net).__qualname__}"
         log.info("%s is not a model timm can rebuild: the weights are saved, the code stays yours", kind)
-        code = getattr(net, "xdfast_own", None)  # how `net.py:Net` was made
-        return {"xdfast": {**own, "module": kind, **({"own": code} if code else {})}}
+        made = {"own": code, "num_classes": model.num_classes} if code and _is_plain(code) else {}
+        return {"xdfast": {**own, "module": kind, **made}}
     overlay = {key: facts[key] for key in _CFG_KEYS if facts.get(key) is not None}
     overlay |= {"input_size": (3, model.image_size, model.image_size), "mean": model.mean, "std": model.std}
     config: dict[str, Any] = {
@@ -95,6 +96,14 @@ def _config(model: FeatureModel, classes: list[str] | None, extra: dict[str, Any
     if classes and len(classes) == model.num_classes:
         config["label_names"] = classes
     return config
+
+
+def _is_plain(values: Any) -> bool:
+    try:
+        json.dumps(values)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _rebuilds(architecture: str, net: nn.Module, options: dict[str, Any]) -> bool:

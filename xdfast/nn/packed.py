@@ -90,7 +90,9 @@ class Folded:
             with torch.no_grad():
                 self._value = self._make()
             self._state = state
-            looked_at = (_sampled(t) for t in sources if t.device.type == "cpu" and t.dim() > 1 and t.is_contiguous())
+            looked_at = (
+                _sampled(t) for t in sources if t.device.type == "cpu" and t.dim() > 1 and _in_order(t) is not None
+            )
             self._samples = [(elements, elements.clone()) for elements in looked_at]
         return self._value
 
@@ -100,9 +102,19 @@ class Folded:
         return all(torch.equal(now, before) for now, before in self._samples)
 
 
+def _in_order(weight: Tensor) -> Tensor | None:
+    """A view whose elements follow each other in memory, or None."""
+    if weight.is_contiguous():
+        return weight
+    last = weight.permute(0, 2, 3, 1) if weight.dim() == 4 else weight
+    return last if last.is_contiguous() else None
+
+
 def _sampled(weight: Tensor) -> Tensor:
     """A view of a few elements from all over a weight, as integers: NaN equals itself then."""
-    whole = weight.detach().view(_BITS[weight.dtype.itemsize]).view(-1)
+    order = _in_order(weight)
+    assert order is not None
+    whole = order.detach().view(_BITS[weight.dtype.itemsize]).view(-1)
     return whole[:: max(1, whole.numel() // _SAMPLE)]
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from xdfast.errors import nearest
 from xdfast.models.checkpoint import atomic_write
+from xdfast.models.own import allow, is_own
 from xdfast.pipeline.config import DistillConfig, FinetuneConfig, _Config
 from xdfast.pipeline.folder import RunResult, load_run, open_folder
 from xdfast.pipeline.side_by_side import default_jobs, run_all
@@ -171,6 +172,12 @@ def compare(config: CompareConfig | None = None, **settings: Any) -> CompareResu
     """
     config = CompareConfig.from_dict(settings, source="compare()") if config is None else config
     config.validate()
+    for pair in (
+        config.pairs.values()
+    ):  # code that the file names may be loaded from its students' folders, here and in all runs
+        for spec in (pair["student"], pair["teacher"].get("model") if isinstance(pair["teacher"], dict) else None):
+            if isinstance(spec, str) and is_own(spec):
+                allow(spec)
     at_once = config.jobs or default_jobs(config.device)
     students = list(_students(config))
     for job in students:
@@ -326,7 +333,9 @@ def _conclude(config: CompareConfig, cells: list[_Cell], failed: dict[str, str])
         "data": config.data,
         "val_data": config.val_data,
         "settings": {**config.settings, **config.student_settings},
-        "pairs": {name: given for name, given in config.pairs.items() if name in runs},
+        "pairs": {
+            n: given for n, given in config.pairs.items() if n in {*runs, *(_owner(config, run) for run in runs)}
+        },
         "methods": config.methods,
         "seeds": config.seeds,
         "environment": environment(),

@@ -25,6 +25,7 @@ from typing import Any
 from xdfast import distributed
 from xdfast.models import FeatureModel, create_model
 from xdfast.models.checkpoint import CheckpointError, atomic_write
+from xdfast.models.own import allow, code_hash, is_own, split_weights
 from xdfast.pipeline.config import RunConfig, load_yaml, save_yaml
 from xdfast.pipeline.journal import read_history
 
@@ -157,13 +158,18 @@ def _holds_work(out: Path) -> bool:
 
 
 def _weights_of(config: RunConfig) -> dict[str, str]:
-    """Setting → hash of the weights, for models that are local files; published weights never change."""
+    """Setting → hash of the weights, for models that are local files (published weights never change), and of code in a file."""
     found = {}
     specs = {key: getattr(config, key, None) for key in ("teacher", "student", "model")}
     specs |= {f"teacher {number}": spec for number, spec in enumerate(getattr(config, "more_teachers", ()), 2)}
     for key, spec in specs.items():
         if not isinstance(spec, str):
             continue
+        code = (split_weights(spec) or (spec, ""))[0]
+        if is_own(code):
+            allow(code)  # named in this call; a folder of its weights may be loaded from now on
+            if hashed := code_hash(code):
+                found[f"{key} code"] = hashed
         folder = Path(str(model_source(spec)) if not spec.startswith("object:") else spec)
         if (folder / "vla").is_dir():
             folder = folder / "vla"
@@ -172,7 +178,7 @@ def _weights_of(config: RunConfig) -> dict[str, str]:
             folder, name = folder / "policy", "policy.safetensors"
         else:
             name = "model.safetensors"
-        file = folder / name if folder.is_dir() else Path(spec.partition("@")[2]).expanduser()
+        file = folder / name if folder.is_dir() else Path((split_weights(spec) or spec.partition("@"))[-1]).expanduser()
         if file.is_file():
             digest = hashlib.sha256()
             with open(file, "rb") as stream:

@@ -156,7 +156,7 @@ class Diffusion(nn.Module):
             noise: what ddpm adds, ``[B, H, A]``; None for ddim.
             denoiser: as in :meth:`sample`.
         """
-        predicted = (denoiser or self.unet).denoise(x, film)
+        predicted = (self.unet if denoiser is None else denoiser).denoise(x, film)
         p, q, r, s, keep, spread = row.to(x.dtype).unbind()
         if self.settings.prediction == "sample":
             clean, added = predicted, (x - keep * predicted) / spread

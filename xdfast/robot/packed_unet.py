@@ -72,7 +72,7 @@ class PackedUnet:
     def denoise(self, actions: Tensor, film: Tensor) -> Tensor:
         """:meth:`ConditionalUnet1d.denoise` with the weights of the last :meth:`condition_part`."""
         layers = self._layers
-        x, film = actions.contiguous(), film.contiguous()
+        x, film = actions.float().contiguous(), film.float().contiguous()  # also under autocast
         kept = []
         for level, (first, second) in enumerate(layers.down):
             x = second(first(x, film), film)
@@ -83,7 +83,7 @@ class PackedUnet:
             x = block(x, film)
         for (first, second), grow in zip(layers.up, layers.grow):
             x = second(first(torch.cat([x, kept.pop()], dim=2), film), film)
-            x = conv_rows(x, grow).view(len(x), 2 * x.shape[1], -1)
+            x = conv_rows(x, grow).view(len(x), 2 * x.shape[1], grow.outputs // 2)
         return conv_rows(conv_rows(x, layers.last[0]), layers.last[1])
 
     def _pack(self) -> _Layers:
@@ -124,11 +124,9 @@ def packed_sampling(policy: Any, device: torch.device) -> tuple[Callable[[Tensor
         device: where it runs.
     """
     diffusion = getattr(policy, "diffusion", None)
-    if (
-        device.type != "cpu"
-        or not isinstance(diffusion, Diffusion)
-        or not isinstance(diffusion.unet, ConditionalUnet1d)
-    ):
+    # not what somebody has derived from them
+    plain = type(diffusion) is Diffusion and type(diffusion.unet) is ConditionalUnet1d
+    if diffusion is None or device.type != "cpu" or not plain or policy.core != diffusion.sample:
         return None, ""
     if any(p.dtype != torch.float32 for p in diffusion.unet.parameters()):
         return None, "denoiser by its modules: the fused layers are float32"

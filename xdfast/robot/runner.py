@@ -77,12 +77,14 @@ class PolicyRunner:
                 "executor='list'"
             )
         self.reason = "captured in a CUDA graph" if wanted else f"eager on {self.device.type}"
+        if compile and packed:
+            raise ValueError("packed=True runs the fused layers, compile=True compiles the modules: choose one")
         if compile:
             self.reason += ", denoising loop compiled"
         else:
             sample, why = packed_sampling(self.policy, self.device)
             if packed and sample is None:
-                raise ValueError(f"packed=True cannot be: {why}")
+                raise ValueError(f"packed=True cannot be: {why or 'only a diffusion policy on a CPU has fused layers'}")
             if packed is not False:
                 self._sample = sample or self._sample
                 self.reason += f", {why}" if why else ""
