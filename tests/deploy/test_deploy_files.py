@@ -366,3 +366,13 @@ def test_the_command_line(tmp_path, capsys) -> None:
     assert "torch.export" in told.err and "writing model.pt2" in told.err  # progress
     assert main(["export", "--model", str(tmp_path), "--out", out, "--formats", "tflite"]) == 1
     assert "unknown format 'tflite'" in capsys.readouterr().err
+
+
+def test_one_format_may_be_given_as_a_word(tmp_path) -> None:
+    """Found by tests/hardening: its letters were taken for formats."""
+    done = export(
+        small(), out=tmp_path, formats="pt2", outputs="logits", batches=(1,), latency_seconds=0, progress=False
+    )
+    assert list(done.files) == ["model.pt2"]
+    with pytest.raises(ValueError, match="unknown format 'pt3'.*Did you mean 'pt2'"):
+        export(small(), out=tmp_path, formats="pt3", progress=False)

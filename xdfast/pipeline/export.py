@@ -26,9 +26,9 @@ def export(
     model: str | Path | nn.Module | RunResult,
     *,
     out: str | Path,
-    formats: Sequence[str] = ("pt2", "onnx"),
+    formats: str | Sequence[str] = ("pt2", "onnx"),
     pixels: str = "unit",
-    outputs: Sequence[str] = (),
+    outputs: str | Sequence[str] = (),
     parts: bool = False,
     skip: bool = True,
     image_size: int | None = None,
@@ -86,6 +86,8 @@ def export(
     """
     from xdfast.deploy import export_graphs
 
+    formats = (formats,) if isinstance(formats, str) else tuple(formats)
+    outputs = (outputs,) if isinstance(outputs, str) else tuple(outputs)
     graphs, source = graphs_of(model, pixels=pixels, outputs=outputs, parts=parts, skip=skip, image_size=image_size)
     inner = graphs[0].eager or graphs[0].module
     return export_graphs(
