@@ -1,9 +1,10 @@
-// Convolution along one dimension of channels-last rows, with GroupNorm, Mish, FiLM and a residual in the same pass: the
-// layers of a diffusion policy's denoiser (xdfast/robot/packed_unet.py), for inference. Of a few rows and a batch of one,
-// general convolutions spend most of their time on the way to the product.
+// Convolution along one dimension of channels-last rows, with GroupNorm, Mish, FiLM and a residual in the same pass:
+// the layers of a diffusion policy's denoiser (xdfast/robot/packed_unet.py), for inference. Of a few rows and a batch
+// of one, general convolutions spend most of their time on the way to the product.
 //
-// A window of K rows of a padded [H + 2p, I] matrix is K * I numbers in a row, so the product with weights [K * I, O] needs no
-// copy of windows: row h of the left factor starts at h * stride * I. Weights come in panels of kPanel output channels.
+// A window of K rows of a padded [H + 2p, I] matrix is K * I numbers in a row, so the product with weights [K * I, O]
+// needs no copy of windows: row h of the left factor starts at h * stride * I. Weights come in panels of kPanel output
+// channels.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
@@ -80,12 +81,13 @@ XD_INLINE void product_panel(
     const float* from = x + row * s.step;
     float* to = product + row * ld;
     switch (rows) {
-#define XD_BLOCK(R)                                                          \
-  case R:                                                                    \
+#define XD_BLOCK(R)                                                                    \
+  case R:                                                                              \
     if constexpr (R <= MOST) block<W, R>(from, s.step, s.window, panel, bias, to, ld); \
     break;
-      XD_BLOCK(1) XD_BLOCK(2) XD_BLOCK(3) XD_BLOCK(4) XD_BLOCK(5) XD_BLOCK(6) XD_BLOCK(7) XD_BLOCK(8)
-      XD_BLOCK(9) XD_BLOCK(10) XD_BLOCK(11) XD_BLOCK(12) XD_BLOCK(13) XD_BLOCK(14) XD_BLOCK(15) XD_BLOCK(16)
+      XD_BLOCK(1)
+      XD_BLOCK(2) XD_BLOCK(3) XD_BLOCK(4) XD_BLOCK(5) XD_BLOCK(6) XD_BLOCK(7) XD_BLOCK(8) XD_BLOCK(9) XD_BLOCK(10)
+          XD_BLOCK(11) XD_BLOCK(12) XD_BLOCK(13) XD_BLOCK(14) XD_BLOCK(15) XD_BLOCK(16)
 #undef XD_BLOCK
     }
     row += rows;
@@ -108,8 +110,7 @@ XD_INLINE void mish(const typename Vector<W>::F& x, typename Vector<W>::F& out) 
 // Norm, Mish and FiLM of W channels from j on, whose product is v.
 template <int W>
 XD_INLINE void finished(
-    const Finish& f, int64_t j, float mean, float inverse, const typename Vector<W>::F& v,
-    typename Vector<W>::F& y) {
+    const Finish& f, int64_t j, float mean, float inverse, const typename Vector<W>::F& v, typename Vector<W>::F& y) {
   typename Vector<W>::F a, b;
   y = v;
   if (f.group) {
@@ -208,7 +209,8 @@ decltype(&convolve_baseline) convolve_here() {
 const float* vector_of(const char* what, const std::optional<Tensor>& t, int64_t size) {
   if (!t) return nullptr;
   TORCH_CHECK_VALUE(
-      t->scalar_type() == at::kFloat && t->is_contiguous() && t->dim() == 1 && t->size(0) == size && t->device().is_cpu(),
+      t->scalar_type() == at::kFloat && t->is_contiguous() && t->dim() == 1 && t->size(0) == size &&
+          t->device().is_cpu(),
       "conv_rows: ", what, " must be contiguous float32 [", size, "], but is ", t->scalar_type(), " ", t->sizes());
   return t->const_data_ptr<float>();
 }
