@@ -99,7 +99,7 @@ _32_ROWS, _16_ROWS = _tile(32, 64, 16, 4, 2, 3), _tile(16, 64, 32, 4, 2, 4)
 _FP32 = {
     "norm_linear": (_FEW_FP32[0], _32_ROWS, _FEW_FP32[2]),
     "norm_linear_load": (*_FEW_FP32[:2], _16_ROWS),
-    "norm_linear_pair": (_tile(32, 64, 16, 8, 3, 2), _tile(16, 64, 16, 8, 2, 3)),
+    "norm_linear_pair": (_tile(32, 64, 16, 8, 3, 2), _16_ROWS),
     "norm_linear_pair_load": (_tile(32, 64, 16, 8, 3, 2), _16_ROWS),
     "linear_residual": (_FEW_FP32[0], _32_ROWS, _FEW_FP32[2]),
     "input_gradient": (_FEW_FP32[0], _32_ROWS, _FEW_FP32[2]),

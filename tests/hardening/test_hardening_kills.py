@@ -171,7 +171,9 @@ def test_export(run, tmp_path) -> None:
 
     def outputs(name: str) -> torch.Tensor:
         program = torch.export.load(tmp_path / name / "model.pt2").module()
-        return program(torch.linspace(0, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32))
+        return torch.cat(
+            program(torch.linspace(0, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)), dim=1
+        )  # features and logits
 
     def whole_or_absent() -> None:
         if (tmp_path / "broken" / "model.pt2").exists():
