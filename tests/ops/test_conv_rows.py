@@ -139,6 +139,8 @@ def test_fewer_rows_than_the_kernel() -> None:
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_every_instruction_set(capability, tmp_path) -> None:
     """The best one is what the other tests ran with."""
+    if capability == "avx2" and torch.ops.xdfast_c.cpu_capability() == "DEFAULT":
+        pytest.skip("this CPU has no AVX2")
     script = f"""
 import sys; sys.path[:0] = [{os.path.dirname(__file__)!r}, {os.path.dirname(os.path.dirname(__file__))!r}]
 import test_conv_rows as t, torch
