@@ -88,6 +88,9 @@ def test_a_saved_student_knows_how_it_was_made(file, tmp_path) -> None:
     again = create_model(f"{file}:Net@{tmp_path}/student/model.safetensors").eval()
     x = torch.rand(2, 3, 48, 48)
     assert torch.equal(again(x).logits, model(x).logits) and again.image_size == 48
+    (tmp_path / "student/config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="config.json is damaged"):
+        create_model(f"{file}:Net@{tmp_path}/student/model.safetensors")
 
 
 @pytest.mark.parametrize("name", ["Net", "fixed"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import logging
@@ -16,7 +15,7 @@ from torch import nn
 from xdfast.errors import nearest
 from xdfast.models.checkpoint import CheckpointError
 from xdfast.models.features import FeatureModel
-from xdfast.models.own import TRUSTED, build_own, code_hash, is_own, rebuildable, split_weights
+from xdfast.models.own import TRUSTED, build_own, code_hash, is_own, rebuildable, same_code, split_weights
 from xdfast.models.students import CONFIG_FILE, WEIGHTS_FILE
 from xdfast.models.weights import fetch_failed, read_weights, state_dict_misfit
 
@@ -222,10 +221,12 @@ def _from_code_and_weights(
 ) -> tuple[str, nn.Module, int]:
     beside = weights.parent / CONFIG_FILE
     if beside.is_file():  # a saved student: it knows how it was made
-        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
+        try:
             facts = _facts(json.loads(beside.read_text(encoding="utf-8")))
-            if facts.get("own"):
-                return _rebuilt(spec, facts, weights, image_size, options)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{beside} is damaged ({error}); copy or write the model again") from error
+        if same_code(str((facts.get("own") or {}).get("spec")), spec):
+            return _rebuilt(spec, facts, weights, image_size, options)
     state = read_weights(weights)
     try:  # the weights' own classes first; a classifier for others is put in afterwards
         name, net, size = _from_code(spec, None, False, image_size, options)

@@ -18,7 +18,7 @@ from torch import nn
 
 from xdfast.errors import nearest
 
-__all__ = ["TRUSTED", "allow", "build_own", "code_hash", "is_own", "rebuildable", "split_weights"]
+__all__ = ["TRUSTED", "allow", "build_own", "code_hash", "is_own", "rebuildable", "same_code", "split_weights"]
 
 _TEXT = r"(?P<place>.+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*)"
 _SPEC, _WITH_WEIGHTS = re.compile(_TEXT), re.compile(f"(?P<spec>{_TEXT})@(?P<weights>.+)")
@@ -45,6 +45,11 @@ def allow(spec: str) -> None:
     known = _trusted()
     if _absolute(spec) not in known:
         os.environ[TRUSTED] = ";".join([*known, _absolute(spec)])
+
+
+def same_code(a: str, b: str) -> bool:
+    """Whether two specs name the same class, by whatever path."""
+    return _absolute(a) == _absolute(b)
 
 
 def code_hash(spec: str) -> str:

@@ -124,10 +124,15 @@ def packed_sampling(policy: Any, device: torch.device) -> tuple[Callable[[Tensor
         device: where it runs.
     """
     diffusion = getattr(policy, "diffusion", None)
-    # not what somebody has derived from them
-    plain = type(diffusion) is Diffusion and type(diffusion.unet) is ConditionalUnet1d
-    if diffusion is None or device.type != "cpu" or not plain or policy.core != diffusion.sample:
+    if (
+        device.type != "cpu"
+        or not isinstance(diffusion, Diffusion)
+        or not isinstance(diffusion.unet, ConditionalUnet1d)
+    ):
         return None, ""
+    plain = type(diffusion) is Diffusion and type(diffusion.unet) is ConditionalUnet1d
+    if not plain or policy.core != diffusion.sample:
+        return None, "denoiser by its modules: the fused layers know ConditionalUnet1d, not what is derived from it"
     if any(p.dtype != torch.float32 for p in diffusion.unet.parameters()):
         return None, "denoiser by its modules: the fused layers are float32"
     found, why = conv_rows_available()

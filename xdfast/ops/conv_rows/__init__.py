@@ -108,6 +108,9 @@ def conv_rows(
 
     Raises:
         ValueError: shapes, dtypes or layouts that do not fit.
+
+    Reference:
+        The block of Diffusion Policy's denoiser, Chi et al., RSS 2023, arXiv 2303.04137, §IV-A.
     """
     groups, gain, offset, eps = packed.norm or (0, None, None, 0.0)
     return torch.ops.xdfast_c.conv_rows(
