@@ -46,8 +46,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _promise(dtype: torch.dtype, width: int) -> float:
-    """A norm over one or three features divides by a standard deviation near zero: rounding is multiplied by it."""
-    return TOLERANCES["routed", dtype] * (30 if width < 16 else 1)
+    """A norm over one or three features divides by a standard deviation near zero: rounding is multiplied by it. Few numbers
+    of 8 or 11 bits, too, may be off by more than their share: by one that cancels, or whose sign turns at relu's corner."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return TOLERANCES["routed", dtype] * (60 if width < 16 else 6 if half else 1)
 
 
 @backends
@@ -55,6 +57,17 @@ def _promise(dtype: torch.dtype, width: int) -> float:
 @settings(max_examples=25, deadline=None)
 @example(  # a gate's gradient of 10.7 that is a sum of larger terms
     active=[True], rows=1, width=16, features=7, norm="layer", act="swiglu", affine=False, known=False, seed=3
+)
+@example(  # one hidden feature that cancels: an error of 0.017 of the result in bfloat16
+    active=[False, True, False, False, False, False],
+    rows=1,
+    width=33,
+    features=1,
+    norm="layer",
+    act="swiglu",
+    affine=True,
+    known=False,
+    seed=7,
 )
 @given(**SHAPES)
 def test_a_branch_equals_the_dense_equation_with_masks(
