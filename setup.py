@@ -31,16 +31,21 @@ SOURCES = [
     "csrc/cpu/attention.cpp",
     "csrc/cpu/conv_rows.cpp",
     "csrc/cpu/gemm.cpp",
+    "csrc/cpu/panels.cpp",
     "csrc/cpu/passes.cpp",
     "csrc/cpu/routed.cpp",
     "csrc/cpu/rows.cpp",
     "csrc/cpu/rsd.cpp",
+    "csrc/cpu/rsd_streamed.cpp",
 ]
 HEADERS = [
     "csrc/checks.h",
     "csrc/cpu/gemm.h",
+    "csrc/cpu/panels.h",
     "csrc/cpu/passes.h",
     "csrc/cpu/rows.h",
+    "csrc/cpu/rsd_parts.h",
+    "csrc/cpu/rsd_streamed.h",
     "csrc/cpu/standardize.h",
     "csrc/cpu/vector.h",
 ]

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cpu/gemm.h"
+#include "cpu/panels.h"
 
 TORCH_LIBRARY(xdfast_c, m) {
   // student, teacher [N, D] float32|bfloat16|float16, any strides -> scalars float32; gradients [N, D] in the inputs'
@@ -37,8 +38,9 @@ TORCH_LIBRARY(xdfast_c, m) {
   m.def("gather(Tensor x, Tensor? gate, Tensor index, int units, int rows_per_unit) -> Tensor");
   m.def("row_dots(Tensor a, Tensor b) -> Tensor");
   m.def("swiglu(Tensor a) -> Tensor");
-  // Softmax attention inside each sample's rows: q [M, H, d], k, v [M', H', d] with H' dividing H, rows in any distance;
-  // offsets [B + 1] int32, cumulative. Causal needs as many queries as keys. lse [M, H] float32, natural logarithm.
+  // Softmax attention inside each sample's rows: q [M, H, d], k, v [M', H', d] with H' dividing H, rows in any
+  // distance; offsets [B + 1] int32, cumulative. Causal needs as many queries as keys. lse [M, H] float32, natural
+  // logarithm.
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor offsets_q, Tensor offsets_k, float scale, bool causal) -> "
       "(Tensor out, Tensor lse)");
@@ -51,7 +53,9 @@ TORCH_LIBRARY(xdfast_c, m) {
   // The instruction set the kernels run with, as ATen detects it ("AVX512", "AVX2", "DEFAULT", ...).
   m.def("cpu_capability() -> str", []() { return std::string(at::get_cpu_capability()); });
   // Where the matrix products on the CPU come from, and whether bfloat16 products are faster than float32 here.
-  m.def("cpu_gemm() -> str", []() { return std::string(xdfast::gemm_source()); });
+  m.def("cpu_gemm() -> str", []() {
+    return std::string(xdfast::gemm_source()) + (xdfast::panel_products() ? ", of RSD with N < D by own kernels" : "");
+  });
   m.def("cpu_has_bf16_gemm() -> bool", []() { return xdfast::has_bf16_gemm(); });
 }
 

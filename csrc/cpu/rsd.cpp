@@ -29,65 +29,25 @@
 #include "../checks.h"
 #include "gemm.h"
 #include "passes.h"
+#include "rsd_parts.h"
+#include "rsd_streamed.h"
 
 namespace xdfast {
 namespace {
 
-constexpr int64_t kSerialWork = 1 << 18;    // multiply-adds below which a second thread wakes up too late
 constexpr int64_t kBlockBytes = 512 << 10;  // of a thread's [N, w] block: half of a usual L2 cache
 constexpr int64_t kBlockColumns = 256;      // widest block
 constexpr int64_t kTileRows = 256;          // rows of a tile of P
 constexpr int64_t kStripRows = 256;         // rows of a block of the gradient for N >= D
 
-int64_t round_up(int64_t value, int64_t step) {
-  return (value + step - 1) / step * step;
-}
-
-// Takes slices of one allocation; with no base it only counts.
-struct Arena {
-  char* base = nullptr;
-  int64_t used = 0;
-
-  template <typename T>
-  T* take(int64_t count) {
-    char* p = base ? base + used : nullptr;
-    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return reinterpret_cast<T*>(p);
-  }
-};
-
-// Ranges of a given step over [0, size) such that every thread gets the same number of them, none wider than `widest`.
-struct Blocks {
-  int64_t size, width, count;
-
-  Blocks(int64_t size, int64_t widest, int64_t step, int64_t threads) : size(size) {
-    const int64_t rounds = std::max<int64_t>(1, (size + widest * threads - 1) / (widest * threads));
-    width = std::max(step, round_up((size + rounds * threads - 1) / (rounds * threads), step));
-    count = (size + width - 1) / width;
-  }
-  int64_t begin(int64_t i) const { return i * width; }
-  int64_t length(int64_t i) const { return std::min(width, size - i * width); }
-};
-
 // One of the two inputs and what belongs to it. The bfloat16 operands exist where the products want them.
-struct Side {
-  at::Tensor x;                   // [N, D], unit column stride
-  ColumnStatistics statistics{};  // [D] each
-  bool statistics_known = false;
-  float* z = nullptr;     // [N, ld] standardised
-  float* gram = nullptr;  // [parts, N, N] z z^T / D, the first part the sum in the end
-  bool gram_known = false;
+struct Side : Input {
+  float* z = nullptr;                 // [N, ld] standardised; gram: [parts, N, N], the first part the sum in the end
   at::BFloat16* rows = nullptr;       // [N, ld] z: A of the Gram matrix (N < D), of the gradient (N >= D)
   at::BFloat16* pairs = nullptr;      // [N/2, ld, 2] z, pairs of rows: B of U = K S, of P = T^T S
   at::BFloat16* across = nullptr;     // N < D: [D/2, ldn, 2], B of the Gram matrix; N >= D: [D, ldn] = z^T, A of P
   at::BFloat16* gram_rows = nullptr;  // [N, ldn] the Gram matrix: A of U = K S
-  float* gradient = nullptr;          // [N, D] to write, or null
   double* f = nullptr;                // [D] sum over the other side's columns of P^2
-};
-
-struct Options {
-  double kappa, eps, scale;
-  bool eps_on_variance, bf16;
 };
 
 class CrossCorrelation {
@@ -120,7 +80,7 @@ class CrossCorrelation {
   }
 
   // (invariance, decorrelation, mean diagonal); gradients into the sides.
-  std::tuple<double, double, double> run() {
+  Components run() {
     standardize();
     double squares = 0.0;  // of P: all of it in the Gram form, without the diagonal otherwise
     if (gram_form_) {
@@ -134,13 +94,7 @@ class CrossCorrelation {
       const double* f = s_.gradient ? s_.f : t_.f;
       for (int64_t j = 0; gram_form_ && j < D_; ++j) squares += f[j];
     }
-    double invariance = 0.0, diagonal_squares = 0.0, diagonal = 0.0;
-    for (int64_t j = 0; j < D_; ++j) {
-      invariance += (p_[j] - 1) * (p_[j] - 1);
-      diagonal_squares += p_[j] * p_[j];
-      diagonal += p_[j];
-    }
-    return {invariance, gram_form_ ? squares - diagonal_squares : squares, diagonal / static_cast<double>(D_)};
+    return components(p_, D_, squares, gram_form_);
   }
 
   // Only the teacher: its statistics [4, D], and for N < D its Gram matrix [N, N].
@@ -386,19 +340,15 @@ class CrossCorrelation {
     }
   }
 
-  // gradient = scale * inv * (2 kappa / N^2 U + c T - ratio g S), U = unit * u
   void write_gradient(
       const Side& own, const Side& other, int64_t i, int64_t rows, int64_t c, int64_t columns, const float* u,
       int64_t ldu, double unit) {
     float a[kBlockColumns], b[kBlockColumns], q[kBlockColumns];
-    const double n = static_cast<double>(N_);
     for (int64_t j = 0; j < columns; ++j) {
-      const double p = p_[c + j], inv = own.statistics.inv[c + j] * o_.scale;
-      const double weight = 2.0 / n * (p - 1.0 - o_.kappa * p);
-      const double slope = 2.0 * o_.kappa / n * own.f[c + j] + weight * p;
-      a[j] = static_cast<float>(inv * 2.0 * o_.kappa / (n * n) * unit);
-      b[j] = static_cast<float>(inv * weight);
-      q[j] = static_cast<float>(inv * slope * own.statistics.ratio[c + j]);
+      const GradientColumn k(
+          o_, static_cast<double>(N_), unit, p_[c + j], own.f[c + j], own.statistics.inv[c + j],
+          own.statistics.ratio[c + j]);
+      a[j] = k.a, b[j] = k.c, q[j] = k.q;
     }
     passes().combine(
         u, ldu, other.z + i * ld_ + c, own.z + i * ld_ + c, ld_, a, b, q, rows, columns, own.gradient + i * D_ + c, D_);
@@ -452,7 +402,7 @@ Results rsd_loss(
   TORCH_CHECK_VALUE(!(need_teacher && statistics), "rsd_loss: a prepared teacher cannot have a gradient");
   const int64_t N = student.size(0), D = student.size(1);
   const auto fp32 = student.options().dtype(at::kFloat);
-  Side s{with_unit_columns(student)}, t{with_unit_columns(teacher)};
+  Input s{with_unit_columns(student)}, t{with_unit_columns(teacher)};
   at::Tensor known_statistics, known_gram;
   if (statistics) {
     TORCH_CHECK_VALUE(
@@ -475,8 +425,10 @@ Results rsd_loss(
   at::Tensor grad_t = at::empty({need_teacher ? N : 0, need_teacher ? D : 0}, fp32);
   if (need_student) s.gradient = grad_s.mutable_data_ptr<float>();
   if (need_teacher) t.gradient = grad_t.mutable_data_ptr<float>();
-  const auto [invariance, decorrelation, diagonal] =
-      CrossCorrelation(std::move(s), std::move(t), {kappa, eps, scale, eps_on_variance, bf16}).run();
+  const Options options{kappa, eps, scale, eps_on_variance, bf16};
+  const auto [invariance, decorrelation, diagonal] = streams(N, D, bf16)
+                                                         ? streamed_loss(std::move(s), std::move(t), options)
+                                                         : CrossCorrelation({s}, {t}, options).run();
   const auto scalar = [&](double value) { return at::scalar_tensor(value, fp32); };
   return {
       scalar(scale * (invariance + kappa * decorrelation)),
@@ -494,9 +446,14 @@ std::tuple<at::Tensor, at::Tensor> rsd_prepare(const at::Tensor& teacher, double
   const int64_t N = teacher.size(0), D = teacher.size(1);
   const auto fp32 = teacher.options().dtype(at::kFloat);
   at::Tensor statistics = at::empty({4, D}, fp32), gram = at::empty({N < D ? N : 0, N < D ? N : 0}, fp32);
-  Side t{with_unit_columns(teacher)};
-  CrossCorrelation problem(Side{}, std::move(t), {0.0, eps, 1.0, eps_on_variance, bf16});
-  problem.prepare(statistics.mutable_data_ptr<float>(), N < D ? gram.mutable_data_ptr<float>() : nullptr);
+  Input t{with_unit_columns(teacher)};
+  const Options options{0.0, eps, 1.0, eps_on_variance, bf16};
+  if (streams(N, D, bf16)) {
+    streamed_teacher(std::move(t), options, statistics.mutable_data_ptr<float>(), gram.mutable_data_ptr<float>());
+  } else {
+    CrossCorrelation problem(Side{}, {t}, options);
+    problem.prepare(statistics.mutable_data_ptr<float>(), N < D ? gram.mutable_data_ptr<float>() : nullptr);
+  }
   return {statistics, gram};
 }
 

@@ -21,6 +21,7 @@ namespace xdfast {
 constexpr int kVectors = 4;          // vectors of columns handled together: 4 independent accumulation chains
 constexpr int64_t kChunk = 64;       // rows summed in fp32 before the sum is moved to fp64
 constexpr int64_t kCopyRows = 1024;  // 64 columns of so many rows are 256 KiB: a fraction of L2
+constexpr int64_t kAhead = 8;        // rows fetched ahead
 constexpr int64_t kStrip = 8;        // rows normalised with one load of a block's constants
 
 // Per column: mean = hi + lo, 1 / (std + eps), and the factor of the standardisation's own gradient. Four rows of [4,
@@ -50,6 +51,13 @@ struct Rows {
   const T* base;
   int64_t stride;
   int64_t columns;  // valid columns, used if Partial
+
+  // Rows are far apart: the hardware does not foresee the next one.
+  XD_INLINE void prefetch(int64_t n) const {
+    const char* row = reinterpret_cast<const char*>(base + n * stride);
+    for (int64_t line = 0; line < static_cast<int64_t>(kVectors * W * sizeof(T)); line += 64)
+      __builtin_prefetch(row + line);
+  }
 
   XD_INLINE void get(int64_t n, typename Vector<W>::F (&out)[kVectors]) const {
     const T* row = base + n * stride;
@@ -95,6 +103,7 @@ XD_INLINE void column_statistics(const StandardizeProblem<T>& p, int64_t d, int6
     F sum[kVectors] = {}, square[kVectors] = {}, row[kVectors], hi[kVectors];
     float chunk_hi[C], chunk_lo[C], chunk_squares[C];
     for (int64_t n = n0; n < n1; ++n) {
+      if (n + kAhead < p.N) rows.prefetch(n + kAhead);
       rows.get(n, row);
       for (int v = 0; v < kVectors; ++v) sum[v] += row[v];
       if (copy) put_row<W, Partial>(p.z + n * p.z_stride + d, columns, row);
@@ -126,21 +135,30 @@ XD_INLINE void column_statistics(const StandardizeProblem<T>& p, int64_t d, int6
                delta * delta * (before * count / (before + count));
     }
   }
+  const double rows_count = static_cast<double>(p.N);
+  const double eps_variance = p.eps_on_variance ? p.eps : 0.0, eps_std = p.eps_on_variance ? 0.0 : p.eps;
+  double inv[C], ratio[C];
+  for (int j = 0; j < C; ++j) {  // divisions outside of conditions, or it does not vectorise
+    double variance = m2[j] / rows_count;
+    variance = variance < 0.0 ? 0.0 : variance;  // rounding; a NaN is kept, the comparison is false
+    const double std_ = std::sqrt(variance + eps_variance), slope = (std_ + eps_std) / std_;
+    inv[j] = 1.0 / (std_ + eps_std);
+    ratio[j] = std_ == 0.0 ? 0.0 : slope;
+  }
   for (int j = 0; j < C; ++j) {
-    double variance = m2[j] / static_cast<double>(p.N);
-    if (variance < 0.0) variance = 0.0;  // rounding; a NaN is kept, the comparison is false
-    const double std_ = std::sqrt(variance);
     out.hi[j] = static_cast<float>(mean[j]);
-    out.lo[j] = static_cast<float>(mean[j] - out.hi[j]);
-    out.inv[j] = static_cast<float>(p.eps_on_variance ? 1.0 / std::sqrt(variance + p.eps) : 1.0 / (std_ + p.eps));
-    out.ratio[j] = p.eps_on_variance ? 1.0f : std_ == 0.0 ? 0.0f : static_cast<float>((std_ + p.eps) / std_);
+    out.lo[j] = static_cast<float>(mean[j] - static_cast<double>(out.hi[j]));
+    out.inv[j] = static_cast<float>(inv[j]);
+    out.ratio[j] = static_cast<float>(ratio[j]);
   }
 }
 
-// Rows [n0, n1) of one column block: z = ((rows - hi) - lo) * inv, the columns' constants in registers.
+// Rows [n0, n1) of one column block: z = ((rows - hi) - lo) * inv, the columns' constants in registers. Rows up to
+// `last` are fetched ahead.
 template <typename T, int W, bool Partial>
 XD_INLINE void normalize_rows(
-    const Rows<T, W, Partial>& rows, int64_t n0, int64_t n1, const BlockStatistics<W>& s, float* z, int64_t z_stride) {
+    const Rows<T, W, Partial>& rows, int64_t n0, int64_t n1, int64_t last, const BlockStatistics<W>& s, float* z,
+    int64_t z_stride) {
   typename Vector<W>::F row[kVectors], hi[kVectors], lo[kVectors], inv[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     load<W>(s.hi + v * W, hi[v]);
@@ -148,6 +166,7 @@ XD_INLINE void normalize_rows(
     load<W>(s.inv + v * W, inv[v]);
   }
   for (int64_t n = n0; n < n1; ++n) {
+    if (n + kAhead <= last) rows.prefetch(n + kAhead);
     rows.get(n, row);
     for (int v = 0; v < kVectors; ++v) row[v] = ((row[v] - hi[v]) - lo[v]) * inv[v];
     put_row<W, Partial>(z + n * z_stride, rows.columns, row);
@@ -158,9 +177,9 @@ template <typename T, int W, bool Partial>
 XD_INLINE void normalize_block(
     const StandardizeProblem<T>& p, int64_t d, int64_t columns, int64_t n0, int64_t n1, const BlockStatistics<W>& s) {
   if (p.statistics_known || p.N > kCopyRows) {
-    normalize_rows<T, W, Partial>({p.x + d, p.stride, columns}, n0, n1, s, p.z + d, p.z_stride);
+    normalize_rows<T, W, Partial>({p.x + d, p.stride, columns}, n0, n1, p.N - 1, s, p.z + d, p.z_stride);
   } else {
-    normalize_rows<float, W, Partial>({p.z + d, p.z_stride, columns}, n0, n1, s, p.z + d, p.z_stride);
+    normalize_rows<float, W, Partial>({p.z + d, p.z_stride, columns}, n0, n1, -1, s, p.z + d, p.z_stride);
   }
 }
 

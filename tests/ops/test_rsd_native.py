@@ -303,13 +303,15 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weights = torch.full_like(p, 0.01).fill_diagonal_(1)
         loss = (weights * (p - torch.eye(len(p))) ** 2).sum()
         gradients = torch.autograd.grad(loss, (x, y))
-        got = op.rsd_loss(s, t, 0.01, 1e-5, False, False, 1.0, True, True, None, None)
-        assert abs(got[0] - loss) / loss < 1e-6, (dtype, shape)
-        for g, want in zip(got[4:], gradients):
-            limit = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
-            keep = slice(1, None)  # the constant column is tested by its own equation elsewhere
-            assert (g[:, keep].double() - want[:, keep]).norm() / want[:, keep].norm() < limit, (dtype, shape)
-print(op.cpu_capability(), op.cpu_has_bf16_gemm())
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            got = op.rsd_loss(s, t, 0.01, 1e-5, False, False, 1.0, True, True, None, None)
+            assert abs(got[0] - loss) / loss < 1e-6, (dtype, shape, threads)
+            for g, want in zip(got[4:], gradients):
+                limit = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+                keep = slice(1, None)  # the constant column is tested by its own equation elsewhere
+                assert (g[:, keep].double() - want[:, keep]).norm() / want[:, keep].norm() < limit, (dtype, shape, threads)
+print(op.cpu_capability(), op.cpu_has_bf16_gemm(), "own kernels" in op.cpu_gemm())
 """
 
 
@@ -320,16 +322,21 @@ def _runnable() -> list[str]:
     return order[: order.index(here) + 1] if here in order else order[:1]
 
 
+@pytest.mark.parametrize("products", ["panels", "blas"])
 @pytest.mark.parametrize("capability", _runnable())
-def test_every_instruction_set(capability, tmp_path) -> None:
-    """The passes are compiled for several targets; each one this CPU can run is checked, chosen as torch chooses."""
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONSAFEPATH": "1"}
+def test_every_instruction_set(capability, products, tmp_path) -> None:
+    """The passes are compiled for several targets; each one this CPU can run is checked, chosen as torch chooses, with
+    products of our own where they are compiled and by BLAS."""
+    environment = os.environ | {
+        "ATEN_CPU_CAPABILITY": capability, "XDFAST_CPU_GEMM": products, "PYTHONSAFEPATH": "1"
+    }  # fmt: skip
     process = subprocess.run(
         [sys.executable, "-c", _OTHER_ISA], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200
     )
     assert process.returncode == 0, process.stderr[-3000:]
-    name, bf16 = process.stdout.split()
+    name, bf16, own = process.stdout.split()
     assert name == capability.upper()
+    assert own == str(products == "panels" and capability != "default")
     assert bf16 == str(HAS_BF16) if capability == "avx512" else bf16 == "False"
 
 
