@@ -36,6 +36,7 @@ SOURCES = [
     "csrc/cpu/routed.cpp",
     "csrc/cpu/rows.cpp",
     "csrc/cpu/rsd.cpp",
+    "csrc/cpu/rsd_autograd.cpp",
     "csrc/cpu/rsd_streamed.cpp",
 ]
 HEADERS = [

@@ -19,6 +19,11 @@ TORCH_LIBRARY(xdfast_c, m) {
       "bool need_student, bool need_teacher, Tensor? statistics, Tensor? gram) -> "
       "(Tensor loss, Tensor invariance, Tensor decorrelation, Tensor mean_diagonal, Tensor grad_student, Tensor "
       "grad_teacher)");
+  // The same with its gradient rule; gradients for what requires one.
+  m.def(
+      "rsd_loss_autograd(Tensor student, Tensor teacher, float kappa, float eps, bool eps_on_variance, bool bf16, "
+      "float scale, Tensor? statistics, Tensor? gram) -> "
+      "(Tensor loss, Tensor invariance, Tensor decorrelation, Tensor mean_diagonal)");
   // statistics [4, D] float32: mean = hi + lo, 1 / std, ratio; gram = Z Z^T / D [N, N] if N < D, else [0, 0].
   m.def("rsd_prepare(Tensor teacher, float eps, bool eps_on_variance, bool bf16) -> (Tensor statistics, Tensor gram)");
   // Routed layers (cpu/routed.cpp, cuda/route_plan.cu). gates [units, layers, branches]; see xdfast/ops/route.

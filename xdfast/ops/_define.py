@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["define_op", "is_one"]
+__all__ = ["define_op", "is_one", "watched"]
 
 
 def define_op(
@@ -62,7 +62,7 @@ def define_op(
     eager: Any = type(f"xdfast_{name}", (torch.autograd.Function,), rules)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or _watched(args):
+        if watched(args):
             return op(*args)
         return eager.apply(*args) if torch.is_grad_enabled() else without_autocast(*args)
 
@@ -74,10 +74,11 @@ def define_op(
 _PLAIN = frozenset({torch.Tensor, nn.Parameter, float, int, bool, str, type(None)})
 
 
-def _watched(args: tuple[Any, ...]) -> bool:
-    """Whether anything (FakeTensor, FLOP counter, functorch, tensor subclass) has to see the op in the dispatcher."""
+def watched(args: tuple[Any, ...]) -> bool:
+    """Whether anything (compiler, FakeTensor, FLOP counter, functorch, tensor subclass) has to see the op in the dispatcher."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.jit.is_tracing()
@@ -90,6 +91,4 @@ def is_one(grad: torch.Tensor) -> bool:
 
     A saved gradient may then be returned as it is, without a pass over it: autograd copies what others still hold.
     """
-    return (
-        grad.device.type == "cpu" and not torch.compiler.is_compiling() and not _watched((grad,)) and grad.item() == 1
-    )
+    return grad.device.type == "cpu" and not watched((grad,)) and grad.item() == 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from xdfast.ops import _backends
 from xdfast.ops._checks import check_choice, check_matrix, check_number, check_pair
 from xdfast.ops.rsd import flops as _flops  # noqa: F401  (registers the FLOP formula)
 from xdfast.ops.rsd.fast import EPS_MODES, PRECISIONS
-from xdfast.ops.rsd.op import reference_components, resolve_precision, rsd_loss_op
+from xdfast.ops.rsd.op import reference_components, resolve_precision, rsd_parts
 from xdfast.ops.rsd.prepared import PreparedTeacher, prepare_teacher
 
 __all__ = ["REDUCTIONS", "PreparedTeacher", "RSDComponents", "prepare_teacher", "rsd_loss", "rsd_loss_distributed"]
@@ -141,12 +142,7 @@ def rsd_loss(
     """
     statistics = gram = None
     check_matrix("student", student, min_rows=2)
-    kappa = check_number("kappa", kappa, minimum=0)
-    eps = check_number("eps", eps, minimum=0, strict=True)
-    weight = check_number("weight", weight, minimum=0)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("eps_mode", eps_mode, EPS_MODES)
-    check_choice("precision", precision, ("auto", *PRECISIONS))
+    kappa, eps, weight = _check_options(kappa, eps, weight, reduction, eps_mode, precision)
     precision = resolve_precision(precision, student.device.type)
     if isinstance(teacher, PreparedTeacher):
         teacher.check(eps, eps_mode, precision)
@@ -161,15 +157,37 @@ def rsd_loss(
     if _backends.forced() == "reference":
         parts = reference_components(student, teacher, kappa, eps, eps_mode, scale)
     else:
-        grads = torch.is_grad_enabled()
-        need = (grads and student.requires_grad, grads and teacher.requires_grad)
-        parts = rsd_loss_op(student, teacher, kappa, eps, eps_mode, precision, scale, *need, statistics, gram)[:4]
+        parts = rsd_parts(student, teacher, kappa, eps, eps_mode, precision, scale, statistics, gram)
     if not return_components:
         return parts[0]
     loss, invariance, decorrelation, mean_diagonal = parts
     if divisor != 1:
         invariance, decorrelation = invariance / divisor, decorrelation / divisor
     return RSDComponents(loss, invariance, decorrelation, mean_diagonal)
+
+
+def _options(
+    kappa: float, eps: float, weight: float, reduction: str, eps_mode: str, precision: str
+) -> tuple[float, float, float]:
+    kappa = check_number("kappa", kappa, minimum=0)
+    eps = check_number("eps", eps, minimum=0, strict=True)
+    weight = check_number("weight", weight, minimum=0)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("eps_mode", eps_mode, EPS_MODES)
+    check_choice("precision", precision, ("auto", *PRECISIONS))
+    return kappa, eps, weight
+
+
+_options_once = lru_cache(maxsize=64, typed=True)(_options)  # a training loop asks the same again and again
+
+
+def _check_options(*options: Any) -> tuple[float, float, float]:
+    if torch.compiler.is_compiling():
+        return _options(*options)
+    try:
+        return _options_once(*options)
+    except TypeError:  # of a value that cannot be hashed: its own error
+        return _options(*options)
 
 
 # Last, because it is built on the names above.

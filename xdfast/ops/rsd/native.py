@@ -8,10 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xdfast.ops._define import watched
 from xdfast.ops._extension import cpp_available, triton_state
 from xdfast.ops.rsd.fast import Outputs, compute_dtype, prepare_torch, rsd_forward, standardize
 
-__all__ = ["cpp_available", "prepare_cpp", "prepare_triton", "run_cpp", "run_triton", "triton_available"]
+__all__ = [
+    "cpp_available",
+    "direct",
+    "loss_cpp",
+    "prepare_cpp",
+    "prepare_triton",
+    "run_cpp",
+    "run_triton",
+    "triton_available",
+]
 
 
 def triton_available(device: str) -> tuple[bool, str]:
@@ -25,6 +35,29 @@ def triton_available(device: str) -> tuple[bool, str]:
 @lru_cache(maxsize=1)
 def _bf16_gemm() -> bool:
     return bool(torch.ops.xdfast_c.cpu_has_bf16_gemm())
+
+
+def direct(student: Tensor, teacher: Tensor) -> bool:
+    """Whether :func:`loss_cpp` may stand for the op where the C++ backend is chosen: on the CPU, seen by nobody."""
+    return (
+        student.device.type == "cpu"
+        and student.dtype != torch.float64
+        and teacher.dtype != torch.float64
+        and not watched((student, teacher))
+    )
+
+
+def loss_cpp(
+    student: Tensor, teacher: Tensor, kappa: float, eps: float, eps_mode: str, precision: str, scale: float,
+    statistics: Tensor | None, gram: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, invariance, decorrelation, mean diagonal), differentiable, by ``xdfast_c::rsd_loss_autograd``
+    (csrc/cpu/rsd_autograd.cpp): the kernels of :func:`run_cpp` under a gradient rule in C++, which costs a small loss half as
+    much as one in Python."""
+    bf16 = precision == "bfloat16" and _bf16_gemm()
+    return torch.ops.xdfast_c.rsd_loss_autograd.default(
+        student, teacher, kappa, eps, eps_mode == "var", bf16, scale, statistics, gram
+    )
 
 
 def run_cpp(student: Tensor, teacher: Tensor, *options: Any) -> Outputs:

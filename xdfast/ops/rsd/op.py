@@ -13,7 +13,7 @@ from xdfast.ops.rsd import native
 from xdfast.ops.rsd.fast import PRECISIONS, Outputs, compute_dtype, prepare_torch, rsd_forward
 from xdfast.ops.rsd.reference import rsd_loss_reference
 
-__all__ = ["fake_outputs", "reference_components", "resolve_precision", "rsd_loss_op", "rsd_prepare_op"]
+__all__ = ["fake_outputs", "reference_components", "resolve_precision", "rsd_parts", "rsd_prepare_op"]
 
 _NAME = "rsd_loss"
 
@@ -126,6 +126,19 @@ register_table(
 
 rsd_loss_op = define_op(_NAME, _rsd_loss, fake=_fake, setup_context=_setup_context, backward=_backward)
 rsd_prepare_op = define_op("rsd_prepare", _rsd_prepare, fake=_fake_prepare)
+
+
+def rsd_parts(
+    student: Tensor, teacher: Tensor, kappa: float, eps: float, eps_mode: str, precision: str, scale: float,
+    statistics: Tensor | None, gram: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, invariance, decorrelation, mean diagonal); the loss carries gradients for what requires one."""
+    options = (kappa, eps, eps_mode, precision, scale)
+    if native.direct(student, teacher) and select(_NAME, "cpu").name == "cpp":
+        return native.loss_cpp(student, teacher, *options, statistics, gram)
+    grads = torch.is_grad_enabled()
+    need = (grads and student.requires_grad, grads and teacher.requires_grad)
+    return rsd_loss_op(student, teacher, *options, *need, statistics, gram)[:4]
 
 
 def resolve_precision(precision: str, device: str) -> str:
