@@ -348,3 +348,56 @@ def test_without_an_exported_sgemm(tmp_path) -> None:
         [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200
     )
     assert process.returncode == 0, process.stderr[-3000:]
+
+
+def autograd(student, teacher, *, on_variance=False, scale=1.0):
+    return torch.ops.xdfast_c.rsd_loss_autograd(
+        student, teacher, KAPPA, EPS, on_variance, False, scale, None, None
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("on_variance", [False, True], ids=["std", "var"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20)], ids=str)
+def test_the_gradient_rule_in_cpp(shape, dtype, on_variance) -> None:
+    """First and second derivatives, also where other gradients come in and by half inputs, against fp64."""
+    student, teacher = (x.requires_grad_() for x in pair(*shape, dtype))
+    exact = student.detach().double().requires_grad_(), teacher.detach().double().requires_grad_()
+    invariance, decorrelation, diagonal = rsd_loss_reference(*exact, EPS, "var" if on_variance else "std")
+    loss, *parts = autograd(student, teacher, on_variance=on_variance, scale=3.0)
+    assert loss.requires_grad and not any(part.requires_grad for part in parts)
+    for got, wanted in zip(
+        (loss, *parts), (3 * (invariance + KAPPA * decorrelation), invariance, decorrelation, diagonal)
+    ):
+        assert relative(got, wanted) < TOLERANCES["value", dtype]
+    truths = torch.autograd.grad(3 * (invariance + KAPPA * decorrelation), exact, create_graph=True)
+    for factor in (1.0, -2.5):  # twice from the same graph
+        for got, wanted in zip(torch.autograd.grad(factor * loss, (student, teacher), retain_graph=True), truths):
+            assert relative(got, factor * wanted) < TOLERANCES["gradient", dtype] and got.dtype == dtype
+    firsts = torch.autograd.grad(loss, (student, teacher), create_graph=True)
+    directions = [torch.randn_like(x) for x in firsts]
+    seconds = torch.autograd.grad(firsts, (student, teacher), directions)
+    wanted = torch.autograd.grad(truths, exact, [d.double() for d in directions])
+    for got, want in zip(seconds, wanted):
+        assert relative(got, want) < 2 * TOLERANCES["gradient", dtype]
+
+
+def test_the_gradient_rule_gives_only_what_is_asked() -> None:
+    student, teacher = pair(12, 20)
+    assert not autograd(student, teacher)[0].requires_grad
+    student.requires_grad_()
+    with torch.no_grad():
+        assert not autograd(student, teacher)[0].requires_grad
+    with torch.inference_mode():
+        assert not autograd(*pair(12, 20))[0].requires_grad
+    loss = autograd(student, teacher)[0]
+    loss.backward()
+    assert student.grad is not None and teacher.grad is None
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # the second derivative does not round its products
+        first = torch.autograd.grad(autograd(student, teacher)[0], student, create_graph=True)[0]
+    exact = student.detach().double().requires_grad_()
+    truth_ = torch.autograd.grad(sum(torch.mul(*p) for p in zip(
+        rsd_loss_reference(exact, teacher.double(), EPS)[:2], (1.0, KAPPA))), exact)[0]  # fmt: skip
+    assert relative(first, truth_) < TOLERANCES["gradient", torch.float32]
