@@ -223,3 +223,41 @@ def test_a_router_that_leans_starts_as_static_pruning() -> None:
         router.lean(influence[:5])
     with pytest.raises(ValueError, match="6 finite numbers"):
         router.lean(influence * float("nan"))
+
+
+def test_a_router_can_start_from_decisions() -> None:
+    torch.manual_seed(1)
+    router = LayerRouter(16, num_layers=6, hidden=8, groups=[(0, 3), (3, None)])
+    kind = torch.arange(40) % 4
+    tokens = torch.randn(40, 7, 16)
+    tokens[:, 3:] += 2 * torch.randn(4, 1, 16)[kind]  # what tells the kinds apart
+    mask = torch.ones(40, 7, dtype=torch.bool)
+    mask[:, -1] = False
+    paths = torch.rand(4, 6) > 0.5
+    paths[:, 0], paths[:, 1] = True, False  # the same for all
+    parts = [(tokens[:25], mask[:25]), (tokens[25:], mask[25:])]
+    right = router.fit(parts, paths[kind])
+    with torch.no_grad():
+        logits = router(tokens, mask)[..., 0]
+    assert right == 1.0 and torch.equal(logits > 0, paths[kind])
+    assert abs(float(logits.abs().mean()) - 2) < 0.3
+    with pytest.raises(ValueError, match=r"wanted must be \[40, 6\]"):
+        router.fit(parts, paths)
+    with pytest.raises(ValueError, match="standardise=False"):
+        LayerRouter(16, 6, hidden=8, standardise=True).fit(parts, paths[kind])
+    with pytest.raises(ValueError, match="no blocks"):
+        LayerRouter(16, 6, hidden=8, pool="none").fit(parts, paths[kind])
+
+
+def test_a_frozen_router_decides_and_does_not_learn() -> None:
+    router = LayerRouter(16, num_layers=4, hidden=8)
+    tokens = torch.randn(3, 5, 16, requires_grad=True)
+    logits = router(tokens)
+    router.frozen = True
+    still = router(tokens)
+    assert torch.equal(still, logits)
+    still.square().sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in router.parameters())
+    router.frozen = False
+    router(tokens).square().sum().backward()
+    assert all(p.grad.any() for p in router.parameters())

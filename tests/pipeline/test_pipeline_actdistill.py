@@ -212,6 +212,24 @@ def test_a_held_budget_is_kept_at_every_update_and_over_an_interruption(
     assert all(torch.equal(value, again.policy.state_dict()[key]) for key, value in run.policy.state_dict().items())
 
 
+def test_a_router_starts_with_a_path_for_each_task_and_waits(student, teacher, demos, tmp_path, caplog) -> None:
+    settings = {**SHORT, "target_flops": 0.5, "router_start": "tasks", "router_delay": 1.0, "views": 2}
+    with caplog.at_level("INFO", logger="xdfast"):
+        run = xdfast.distill(teacher=teacher, out=str(tmp_path / "tasks"), **settings)
+    told = [r.message.split()[-1] for r in caplog.records if "starts with layers" in r.message]
+    assert len(told) == 2 and all(path.count("1") == 2 and path[0] == path[-1] == "1" for path in told)
+    assert "the router tells 100.0 % of the samples' tasks apart" in caplog.text
+    assert [row["loss_fraction"] for row in run.history if row["kind"] == "train"] == pytest.approx([0.5] * 3, abs=1e-6)
+    vla, seen = run.policy, samples(demos, run.policy)
+    with torch.no_grad():
+        vla.actions(seen)
+    ran = ["".join(str(int(g)) for g in row) for row in vla.layers.decision.gates[:, :, 0].tolist()]
+    assert ran == [told[0]] * 3 + [told[1]] * 3 and run.metrics["flops_fraction"] == 0.5
+    moving = xdfast.distill(teacher=teacher, out=str(tmp_path / "moving"), **{**settings, "router_delay": 0.5})
+    heads = [r.policy.layers.router.head.weight for r in (run, moving)]
+    assert not torch.equal(*heads)  # from the middle on it learns
+
+
 def test_a_threshold_that_changes_paths_is_told(student, teacher, tmp_path, caplog) -> None:
     """Seen on MetaWorld: a router that missed its budget was calibrated to it, and one whole task lost its path."""
     settings = {**SMALL, "steps": 8, "target_flops": 0.5, "budget_weight": 0.0, "stage1": str(student.path / "stage1")}
@@ -382,6 +400,9 @@ def test_actions_that_are_not_finite_are_named(teacher, demos) -> None:
         ({"train": "none"}, "train must be one of"),
         ({"anneal": 1.0}, "anneal must be a part"),
         ({"views": 0}, "views must be > 0"),
+        ({"router_start": "task"}, "router_start must be one of"),
+        ({"router_delay": 1.5}, r"router_delay must be a part of the updates in \[0, 1\], got 1.5"),
+        ({"router_start": "tasks", "router_standardise": True}, "router_standardise=True would undo"),
         ({"demos": "0"}, "demos must be a number ≥ 1"),
         ({"shift": -1}, "shift must be ≥ 0"),
     ],

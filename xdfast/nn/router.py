@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ class LayerRouter(nn.Module):
     Attributes:
         hold: :class:`xdfast.nn.BudgetShift` that keeps a budget at every update, or None (at first). It gets the logits last;
             :meth:`fold_budget` makes it a part of the bias.
+        frozen: True: decisions stay as they are, all gradients are zero.
 
     Shape:
         tokens [B, T, D], mask [B, T] bool (False: padding, read by nobody, may be NaN) or None.
@@ -119,6 +120,7 @@ class LayerRouter(nn.Module):
         self.standardise = _Standardise(num_layers * branches) if standardise else None
         self.gain = nn.Parameter(torch.ones(num_layers * branches)) if standardise else None
         self.hold: BudgetShift | None = None
+        self.frozen = False
         self.reset_head()
 
     def reset_head(self) -> None:
@@ -160,16 +162,54 @@ class LayerRouter(nn.Module):
         if mask is not None:
             # not only the pools: NaN in padding would reach the weights' gradients as 0 · NaN
             tokens = tokens.masked_fill(~mask[..., None], 0)
-        if self.pool in ("none", "block"):
-            pooled = self._within(self.projections[0](tokens), mask)
-        else:
-            parts: list[Tensor] = []
-            for group, projection in zip(self.groups, self.projections):
-                parts += _pool(projection(tokens[:, group]), None if mask is None else mask[:, group], self.pool)
-            pooled = torch.cat(parts, -1)
-        logits = self.head(pooled) if self.standardise is None else self._standardised(pooled)
-        logits = logits.unflatten(-1, (self.num_layers, self.branches))
+        logits = self._logits(self._pooled(tokens, mask)).unflatten(-1, (self.num_layers, self.branches))
+        if self.frozen:
+            logits = logits.detach() + 0 * logits  # gradients of zero: none at all would stall DistributedDataParallel
         return logits if self.hold is None else self.hold(logits)
+
+    def _pooled(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        if self.pool in ("none", "block"):
+            return self._within(self.projections[0](tokens), mask)
+        parts: list[Tensor] = []
+        for group, projection in zip(self.groups, self.projections):
+            parts += _pool(projection(tokens[:, group]), None if mask is None else mask[:, group], self.pool)
+        return torch.cat(parts, -1)
+
+    def _logits(self, pooled: Tensor) -> Tensor:
+        return self.head(pooled) if self.standardise is None else self._standardised(pooled)
+
+    @torch.no_grad()
+    def fit(self, seen: Iterable[tuple[Tensor, Tensor | None]], wanted: Tensor, size: float = 2.0) -> float:
+        """Starts from decisions: the last map becomes the one whose logits are nearest to ± ``size`` as ``wanted`` says (least
+        squares with a little ridge). The projections stay as they were drawn.
+
+        Args:
+            seen: batches of what :meth:`forward` gets, N samples together.
+            wanted: [N, L] bool, which layers run.
+            size: of the logits.
+
+        Returns:
+            The share of samples with exactly the decisions that are wanted.
+
+        Raises:
+            ValueError: another shape of ``wanted``; a router that decides within samples, or standardises its logits.
+        """
+        if self.pool in ("none", "block") or self.standardise is not None:
+            raise ValueError("fit() sets one decision per sample, of a router with standardise=False and no blocks")
+        x = torch.cat([self._pooled(tokens, mask).double() for tokens, mask in seen])
+        if wanted.shape != (len(x), self.num_layers):
+            raise ValueError(
+                f"wanted must be [{len(x)}, {self.num_layers}] for these samples, got {list(wanted.shape)}"
+            )
+        wanted = wanted.to(x.device)[..., None].expand(-1, -1, self.branches).flatten(1)
+        y = torch.where(wanted, size, -size).double()
+        centred, middle = x - x.mean(0), y.mean(0)
+        gram = centred.T @ centred
+        gram.diagonal().add_(1e-3 * gram.diagonal().mean() + 1e-12)
+        weight = torch.linalg.solve(gram, centred.T @ (y - middle)).T
+        self.head.weight.copy_(weight)
+        self.head.bias.copy_(middle - weight @ x.mean(0))
+        return float(((self.head(x.to(self.head.weight)) > 0) == wanted).all(1).double().mean())
 
     @torch.no_grad()
     def fold_budget(self) -> None:

@@ -7,6 +7,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from xdfast.robot.vla import (
     hidden_states,
     load_vla,
     save_vla,
+    task_paths,
 )
 
 __all__ = ["check_samples", "distill_vla"]
@@ -42,6 +44,9 @@ log = logging.getLogger("xdfast")
 
 #: Samples by which layers are chosen and thresholds set.
 _CALIBRATION = 512
+
+#: Samples of a task by which its first path is chosen.
+_PER_TASK = 64
 
 #: A larger share of samples that take an untrained path after calibration is told.
 _UNTRAINED = 0.05
@@ -85,6 +90,8 @@ def distill_vla(config: ActDistillConfig, teacher: Any = None) -> RunResult:
             router={"hidden": config.router_hidden, "standardise": config.router_standardise},
             seed=config.seed,
         )
+        if config.routing == "learned" and config.router_start == "tasks":
+            _start_by_tasks(student, loader, config, device)
         _trainable(student, config)
         identity = {"teacher": weights_hash(vla), "stage1": first.store.facts, "samples": len(loader.data)}
         del vla  # its answers are in the store
@@ -224,11 +231,7 @@ def _batches(loader: ViewLoader, device: torch.device) -> list[Any]:
     ids = torch.linspace(0, count - 1, min(_CALIBRATION, count)).long().unique()
     # every batch of all tasks, as in training: ids lie task by task, and statistics over one task are those of no other
     parts = [ids[first :: math.ceil(len(ids) / 64)] for first in range(math.ceil(len(ids) / 64))]
-    batches = [loader.read(part, torch.zeros_like(part)) for part in parts]
-    for batch in batches:
-        batch.images, batch.state = batch.images.to(device), batch.state.to(device)
-        batch.instruction, batch.actions = batch.instruction.to(device), batch.actions.to(device)
-    return batches
+    return [_read(loader, part, torch.zeros_like(part), device) for part in parts]
 
 
 def _by_influence(config: ActDistillConfig) -> bool:
@@ -240,6 +243,44 @@ def _states(vla: Any, loader: ViewLoader, device: torch.device) -> list[torch.Te
     """h₀ … h_L of the teacher on samples of all tasks."""
     parts = [hidden_states(vla.layers, embedded(vla, batch)) for batch in _batches(loader, device)]
     return [torch.cat(layer) for layer in zip(*parts)]
+
+
+@torch.no_grad()
+def _start_by_tasks(student: Any, loader: ViewLoader, config: ActDistillConfig, device: torch.device) -> None:
+    """The router begins with a path for each task (see :func:`xdfast.robot.vla.task_paths`), told from its words and pictures."""
+    ends = loader.data.starts.tolist()
+    chosen = [
+        torch.linspace(first, last - 1, min(_PER_TASK, last - first)).long().unique() for first, last in pairwise(ends)
+    ]
+    groups = []
+    for ids in chosen:
+        batches = [_read(loader, part, torch.zeros_like(part), device) for part in ids.split(64)]
+        groups.append([(embedded(student, batch), batch.actions) for batch in batches])
+    paths = task_paths(student, groups, config.target_flops)
+    router: Any = routed_stacks(student)[0].router
+    seen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    handle = router.register_forward_pre_hook(lambda module, given: seen.append((given[0], (*given, None)[1])))
+    wanted = []
+    try:
+        for view in range(loader.views):  # all ways to say an instruction
+            for ids, path in zip(chosen, paths):
+                for part in ids.split(64):
+                    _pass(student, _read(loader, part, torch.full_like(part, view), device))
+                    wanted.append(path.expand(len(part), -1))
+    finally:
+        handle.remove()
+    right = router.fit(seen, torch.cat(wanted))
+    if distributed.is_main():
+        for task, path in zip(loader.data.tasks, paths):
+            log.info("%s starts with layers %s", task, "".join(str(int(on)) for on in path))
+        log.info("the router tells %.1f %% of the samples' tasks apart", 100 * right)
+
+
+def _read(loader: ViewLoader, ids: torch.Tensor, views: torch.Tensor, device: torch.device) -> Any:
+    batch = loader.read(ids, views)
+    batch.images, batch.state = batch.images.to(device), batch.state.to(device)
+    batch.instruction, batch.actions = batch.instruction.to(device), batch.actions.to(device)
+    return batch
 
 
 def _exported(net: Any, loader: ViewLoader, config: ActDistillConfig, device: torch.device) -> Any:

@@ -156,6 +156,7 @@ class ActDistillTask(TrainingTask):
         assert targets is not None and state is not None and instruction is not None
         student, stack = self.student, self.stack[0]
         self.budget.target_flops = self.target_at(step)
+        stack.router.frozen = 0 <= step < self._config.router_delay * self._config.steps
         if stack.router.hold is not None:
             stack.router.hold.target_flops = self.budget.target_flops
         states = hidden_states(student.layers, embedded(student, Demonstrated(images, state, instruction, targets)))

@@ -30,6 +30,7 @@ _NAMES = {
     "load_vla": "files",
     "save_hf_vla": "hf_pretrained",
     "save_vla": "files",
+    "task_paths": "task_paths",
 }
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "load_vla",
     "save_hf_vla",
     "save_vla",
+    "task_paths",
 ]
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     from xdfast.robot.vla.multitask import MultiTaskLoader, MultiTaskWindows, VLABatch
     from xdfast.robot.vla.spec import VLASpec
     from xdfast.robot.vla.students import derive_student
+    from xdfast.robot.vla.task_paths import task_paths
     from xdfast.robot.vla.views import ViewBatch, ViewLoader
 
 
