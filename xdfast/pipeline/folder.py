@@ -202,6 +202,9 @@ def finish(out: Path, kind: str, config: RunConfig, metrics: dict[str, float], b
 def load_run(path: str | Path) -> RunResult:
     """A finished run from its folder.
 
+    A relative path among its settings (teacher, model, data) that leads nowhere from here is looked for from the folders above
+    the run, where it began: reports are made from elsewhere, and folders of runs are moved as a whole.
+
     Raises:
         FileNotFoundError: no run there, or one that is not finished.
         CheckpointError: summary.json is damaged.
@@ -219,7 +222,21 @@ def load_run(path: str | Path) -> RunResult:
     summary = read_record(path / "summary.json", {"kind": str, "metrics": dict, "bad_images": dict})
     kind = config.pop("kind", summary["kind"])
     config.pop("weights", None)
-    return RunResult(kind, path, config, summary["metrics"], summary["bad_images"])
+    return RunResult(kind, path, _found_again(config, path), summary["metrics"], summary["bad_images"])
+
+
+def _found_again(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    for key in ("teacher", "student", "model", "encoder", "data", "val_data", "demos"):
+        named = config.get(key)
+        if not isinstance(named, str) or not named or Path(named).is_absolute() or Path(named).exists():
+            continue
+        if "/" not in named and key not in ("data", "val_data", "demos"):
+            continue  # a model's name, not the folder that happens to be called so
+        places = (above / named for above in folder.resolve().parents)
+        found = next((place for place in places if place.exists()), None)
+        if found is not None:
+            config[key] = str(found)
+    return config
 
 
 def read_record(file: Path, fields: dict[str, type], known: Collection[str] = ()) -> dict[str, Any]:
