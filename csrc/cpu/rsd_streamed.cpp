@@ -24,6 +24,7 @@ constexpr int64_t kCacheBytes = 256 << 10;  // of a thread's blocks: half of a u
 constexpr int64_t kDeepest = 256;           // columns of a block of step 1
 constexpr int64_t kWidest = 128;            // and of step 2
 constexpr int64_t kMirror = 64;             // rows of K mirrored at a time
+constexpr int64_t kMostRows = 512;          // from about 1000 on K leaves the caches, and BLAS, deeper at a time, wins
 
 int64_t block_columns(int64_t N, int64_t blocks, int64_t widest) {
   return std::clamp<int64_t>(kCacheBytes / (4 * N * blocks) / 32 * 32, 32, widest);
@@ -221,7 +222,7 @@ class StreamedGram {
 }  // namespace
 
 bool streams(int64_t N, int64_t D, bool bf16) {
-  return N < D && !bf16 && panel_products() && thread_count(N, D) <= std::max<int64_t>(1, 2 * D / N);
+  return N < D && N <= kMostRows && !bf16 && panel_products() && thread_count(N, D) <= std::max<int64_t>(1, 2 * D / N);
 }
 
 Components streamed_loss(Input student, Input teacher, const Options& options) {

@@ -6,8 +6,8 @@
 
 namespace xdfast {
 
-// Whether this form runs here, with the threads at hand: kernels for this CPU, and room for a Gram matrix per thread
-// within O(N D) memory.
+// Whether this form runs here, with the threads at hand: kernels for this CPU, batches of up to 512, and room for a Gram
+// matrix per thread within O(N D) memory.
 bool streams(int64_t N, int64_t D, bool bf16);
 
 Components streamed_loss(Input student, Input teacher, const Options& options);
