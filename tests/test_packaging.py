@@ -57,7 +57,7 @@ def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedPro
     """A command with a clean environment for builds; PYTHONSAFEPATH is off unless asked for, as for most users."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONSAFEPATH", "PYTHONPATH", "XDFAST_BUILD_EXT")}
     return subprocess.run(
-        list(command), cwd=cwd, env=inherited | environment, capture_output=True, text=True, timeout=600
+        list(command), cwd=cwd, env=inherited | environment, capture_output=True, text=True, timeout=1000
     )
 
 
@@ -276,6 +276,7 @@ def test_isolated_build_needs_no_torch(source, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # compiles everything
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
 def test_build_with_the_extension(sdist, tmp_path):
     """From the source archive: its sources and headers are all there."""
