@@ -72,11 +72,7 @@ class CrossCorrelation {
     part_columns_ = round_up((D_ + parts_ - 1) / parts_, 64);
     parts_ = (D_ + part_columns_ - 1) / part_columns_;
 
-    Arena counted;
-    layout(counted);
-    workspace_ = at::empty({counted.used}, t_.x.options().dtype(at::kByte));
-    Arena arena{reinterpret_cast<char*>(workspace_.mutable_data_ptr())};
-    layout(arena);
+    workspace_ = allocate(t_.x, [this](Arena& arena) { layout(arena); });
   }
 
   // (invariance, decorrelation, mean diagonal); gradients into the sides.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -29,6 +30,17 @@ struct Arena {
     return reinterpret_cast<T*>(p);
   }
 };
+
+// One allocation for all that `layout(arena)` takes; it is called twice, first to count.
+template <typename Layout>
+at::Tensor allocate(const at::Tensor& like, const Layout& layout) {
+  Arena counted;
+  layout(counted);
+  at::Tensor memory = at::empty({counted.used}, like.options().dtype(at::kByte));
+  Arena arena{reinterpret_cast<char*>(memory.mutable_data_ptr())};
+  layout(arena);
+  return memory;
+}
 
 // Ranges of a given step over [0, size) such that every thread gets the same number of them, none wider than `widest`.
 struct Blocks {

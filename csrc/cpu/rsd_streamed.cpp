@@ -9,7 +9,6 @@
 #include "rsd_streamed.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <vector>
@@ -47,11 +46,7 @@ class StreamedGram {
         deep_(D_, block_columns(N_, 1, kDeepest), 32, threads_),
         wide_(D_, block_columns(N_, 4, kWidest), 32, threads_),
         parts_(std::min(threads_, deep_.count)) {
-    Arena counted;
-    layout(counted);
-    workspace_ = at::empty({counted.used}, t_.x.options().dtype(at::kByte));
-    Arena arena{reinterpret_cast<char*>(workspace_.mutable_data_ptr())};
-    layout(arena);
+    workspace_ = allocate(t_.x, [this](Arena& arena) { layout(arena); });
   }
 
   Components run() {

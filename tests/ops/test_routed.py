@@ -23,6 +23,7 @@ from xdfast.ops.routed import ACTIVATIONS, NORMS
 from xdfast.ops.routed import op as routed_op
 from xdfast.ops.routed.reference import linear_residual_reference, ln_linear_reference, rows_of
 
+HALVES = (torch.bfloat16, torch.float16)
 backends = pytest.mark.parametrize("backend", routed_backends())
 SHAPES = {
     "active": st.lists(st.booleans(), min_size=1, max_size=6),
@@ -48,8 +49,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _promise(dtype: torch.dtype, width: int) -> float:
     """A norm over one or three features divides by a standard deviation near zero: rounding is multiplied by it. Few numbers
     of 8 or 11 bits, too, may be off by more than their share: by one that cancels, or whose sign turns at relu's corner."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    return TOLERANCES["routed", dtype] * (60 if width < 16 else 6 if half else 1)
+    return TOLERANCES["routed", dtype] * (6 if dtype in HALVES else 30 if width < 16 else 1)
 
 
 @backends
@@ -74,6 +74,8 @@ def test_a_branch_equals_the_dense_equation_with_masks(
     backend, dtype, active, rows, width, features, norm, act, affine, known, seed
 ) -> None:
     torch.manual_seed(seed)
+    if dtype in HALVES:
+        width = max(width, 16)  # of fewer features a half says nothing that a test could hold it to
     gate = torch.rand(len(active)).to(_wide(dtype)).requires_grad_()
     route = route_of(active, rows, gate=gate, known=known)
     x = _leaf(len(active) * rows, width, dtype=dtype, shift=1.0)

@@ -52,8 +52,8 @@ def loss_cpp(
     statistics: Tensor | None, gram: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, invariance, decorrelation, mean diagonal), differentiable, by ``xdfast_c::rsd_loss_autograd``
-    (csrc/cpu/rsd_autograd.cpp): the kernels of :func:`run_cpp` under a gradient rule in C++, which costs a small loss half as
-    much as one in Python."""
+    (csrc/cpu/rsd_autograd.cpp): the kernels of :func:`run_cpp` under a gradient rule in C++, which costs a small loss
+    less than one in Python."""
     bf16 = precision == "bfloat16" and _bf16_gemm()
     return torch.ops.xdfast_c.rsd_loss_autograd.default(
         student, teacher, kappa, eps, eps_mode == "var", bf16, scale, statistics, gram
