@@ -14,11 +14,13 @@ import xdfast
 
 from .cases import RSDCase
 from .harness import interleave, peak_memory, ratios
-from .rivals import gemm_floor, lightly_style, literal
+from .rivals import bare_gradient, gemm_floor, lightly_style, literal
 
-__all__ = ["MUST_REACH", "OURS", "measure"]
+__all__ = ["BARE", "MUST_REACH", "OURS", "measure"]
 
 OURS = "xdfast"
+BARE = "autograd alone"
+RIVALS = ("lightly-style", "lightly-style compiled", "literal", "literal compiled")
 
 #: CPU, fp32, student gradient: (× lightly-style, × compiled lightly-style, bfloat16 products × lightly-style, × literal).
 MUST_REACH = {
@@ -103,6 +105,7 @@ def candidates(
         timed[f"{OURS} op alone"] = lambda: torch.ops.xdfast_c.rsd_loss(
             a, b, 0.01, 1e-5, case.both, False, 1.0, True, case.both, None, None
         )
+    timed[BARE] = lambda: bare_gradient(wanted)
     for name, dtype in (("floor", torch.float32), ("floor bf16", torch.bfloat16)):
         a, b = student.detach().to(dtype), teacher.detach().to(dtype)
         small, large = a.new_empty(min(a.shape), min(a.shape)), torch.empty_like(a)
@@ -152,6 +155,7 @@ def measure(
 
     Returns:
         ``median_ms`` by candidate, ``speedup`` of ours over each (with quartiles of the rounds), ``times_floor``,
+        ``limit`` (one gradient: the ratio over each rival of a loss that costs its products and autograd, and nothing else),
         ``gflops_per_s`` and ``gbytes_per_s`` of ours, ``peak_mb`` by candidate, ``gradient_error`` by candidate,
         ``backend`` that ours ran.
     """
@@ -162,7 +166,9 @@ def measure(
         errors = check(case, losses, student, teacher)
         times = interleave(timed, budget=budget, rounds=(3, 60), device=device)
     medians = {name: statistics.median(samples) for name, samples in times.items()}
-    memory = {name: peak_memory(timed[name], device) / 1e6 for name in timed if not name.startswith("floor")}
+    memory = {
+        name: peak_memory(timed[name], device) / 1e6 for name in timed if not name.startswith("floor") and name != BARE
+    }
     chosen = next(r.backend for r in xdfast.ops.explain([device])[0].rungs if r.chosen)
     return {
         "n": case.n,
@@ -174,6 +180,9 @@ def measure(
         "median_ms": {name: value * 1e3 for name, value in medians.items()},
         "speedup": ratios(times, OURS),
         "times_floor": {name: medians[name] / medians["floor"] for name in medians if name.startswith(OURS)},
+        "limit": {}
+        if case.both
+        else {n: medians[n] / (medians["floor"] + medians[BARE]) for n in RIVALS if n in medians},
         "gflop": case.flops / 1e9,
         "gflops_per_s": case.flops / medians[OURS] / 1e9,
         "gbytes_per_s": case.bytes(student.element_size()) / medians[OURS] / 1e9,

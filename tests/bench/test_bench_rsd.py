@@ -68,6 +68,13 @@ def test_the_floor_is_the_two_products() -> None:
         torch.testing.assert_close(large, t @ (t.T @ s), rtol=1e-4, atol=1e-3)
 
 
+def test_what_autograd_alone_costs_is_a_gradient_like_any_other() -> None:
+    wanted = [torch.randn(4, 3, requires_grad=True), torch.randn(4, 5, requires_grad=True)]
+    for some in (wanted[:1], wanted):
+        found = rivals.bare_gradient(some)
+        assert len(found) == len(some) and all(torch.equal(g, torch.ones_like(x)) for g, x in zip(found, some))
+
+
 def test_a_wrong_result_gets_no_time() -> None:
     case = cases.RSDCase(16, 24)
     with pytest.raises(RuntimeError, match="broken at 16x24 is off by"):
@@ -79,6 +86,8 @@ def test_measure_and_its_table(tmp_path, capsys) -> None:
     found = results[0]
     assert found["median_ms"]["literal"] > 0 and found["speedup"]["literal"]["ratio"] > 0
     assert found["backend"] in ("cpp", "torch") and found["rounds"] >= 3  # the least, on a busy machine
+    ms = found["median_ms"]
+    assert found["limit"]["literal"] == pytest.approx(ms["literal"] / (ms["floor"] + ms[rsd.BARE]))
     assert found["gflop"] == pytest.approx(4 * 16 * 40 * 16 / 1e9)
     assert "16 × 40" in capsys.readouterr().out
     again, about = table.from_benchmark_json(tmp_path / "x.json")

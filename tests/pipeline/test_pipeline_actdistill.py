@@ -230,6 +230,28 @@ def test_a_router_starts_with_a_path_for_each_task_and_waits(student, teacher, d
     assert not torch.equal(*heads)  # from the middle on it learns
 
 
+def test_each_task_has_layers_of_its_own(student, teacher, demos, tmp_path, caplog) -> None:
+    settings = {
+        **SHORT, "target_flops": 0.25, "always_on": (), "router_start": "experts", "router_delay": 1.0, "views": 2, "steps": 20,
+    }  # fmt: skip
+    with caplog.at_level("INFO", logger="xdfast"):
+        run = xdfast.distill(teacher=teacher, out=str(tmp_path / "experts"), **settings)
+    assert ["starts with layers" in r.message for r in caplog.records].count(True) == 2
+    assert "the router tells 100.0 % of the samples' tasks apart" in caplog.text
+    vla, seen = run.policy, samples(demos, run.policy)
+    with torch.no_grad():
+        vla.actions(seen)
+    ran = ["".join(str(int(g)) for g in row) for row in vla.layers.decision.gates[:, :, 0].tolist()]
+    assert ran == ["0010"] * 3 + ["0001"] * 3 and run.metrics["flops_fraction"] == 0.25
+    assert run.metrics["distinct_paths"] == 2
+    losses = [row["loss_policy"] for row in run.history if row["kind"] == "train"]
+    assert losses[-1] < 0.7 * losses[0]
+    # the same start as static pruning: what only the tasks' own layers can explain comes later
+    static = xdfast.distill(teacher=teacher, out=str(tmp_path / "static"), **{**settings, "routing": "static"})
+    first = [r.history[0]["loss_policy"] for r in (run, static)]
+    assert first[0] == pytest.approx(first[1], rel=0.2)
+
+
 def test_a_threshold_that_changes_paths_is_told(student, teacher, tmp_path, caplog) -> None:
     """Seen on MetaWorld: a router that missed its budget was calibrated to it, and one whole task lost its path."""
     settings = {**SMALL, "steps": 8, "target_flops": 0.5, "budget_weight": 0.0, "stage1": str(student.path / "stage1")}
@@ -403,6 +425,7 @@ def test_actions_that_are_not_finite_are_named(teacher, demos) -> None:
         ({"router_start": "task"}, "router_start must be one of"),
         ({"router_delay": 1.5}, r"router_delay must be a part of the updates in \[0, 1\], got 1.5"),
         ({"router_start": "tasks", "router_standardise": True}, "router_standardise=True would undo"),
+        ({"router_start": "experts", "router_standardise": True}, 'router_start="experts" sets the decisions'),
         ({"demos": "0"}, "demos must be a number ≥ 1"),
         ({"shift": -1}, "shift must be ≥ 0"),
     ],

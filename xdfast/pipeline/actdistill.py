@@ -16,7 +16,7 @@ from torch import nn
 
 from xdfast import distributed
 from xdfast.models import weights_hash
-from xdfast.nn import calibrate_model, routed_stacks
+from xdfast.nn import block_influence, calibrate_model, routed_stacks
 from xdfast.nn.lora import merge_lora
 from xdfast.ops._costs import check_always_on, check_reachable
 from xdfast.pipeline.actdistill_config import ActDistillConfig
@@ -35,6 +35,7 @@ from xdfast.robot.vla import (
     hidden_states,
     load_vla,
     save_vla,
+    task_experts,
     task_paths,
 )
 
@@ -90,8 +91,9 @@ def distill_vla(config: ActDistillConfig, teacher: Any = None) -> RunResult:
             router={"hidden": config.router_hidden, "standardise": config.router_standardise},
             seed=config.seed,
         )
-        if config.routing == "learned" and config.router_start == "tasks":
-            _start_by_tasks(student, loader, config, device)
+        if config.routing == "learned" and config.router_start in ("tasks", "experts"):
+            influence = block_influence(_states(vla, loader, device)) if config.router_start == "experts" else None
+            _start_by_tasks(student, loader, config, device, influence)
         _trainable(student, config)
         identity = {"teacher": weights_hash(vla), "stage1": first.store.facts, "samples": len(loader.data)}
         del vla  # its answers are in the store
@@ -246,17 +248,23 @@ def _states(vla: Any, loader: ViewLoader, device: torch.device) -> list[torch.Te
 
 
 @torch.no_grad()
-def _start_by_tasks(student: Any, loader: ViewLoader, config: ActDistillConfig, device: torch.device) -> None:
-    """The router begins with a path for each task (see :func:`xdfast.robot.vla.task_paths`), told from its words and pictures."""
+def _start_by_tasks(
+    student: Any, loader: ViewLoader, config: ActDistillConfig, device: torch.device, influence: torch.Tensor | None
+) -> None:
+    """The router begins with a path for each task, told from its words and pictures: of copies of the most influential layers
+    (:func:`xdfast.robot.vla.task_experts`), or without an influence of those it needs (:func:`xdfast.robot.vla.task_paths`)."""
     ends = loader.data.starts.tolist()
     chosen = [
         torch.linspace(first, last - 1, min(_PER_TASK, last - first)).long().unique() for first, last in pairwise(ends)
     ]
-    groups = []
-    for ids in chosen:
-        batches = [_read(loader, part, torch.zeros_like(part), device) for part in ids.split(64)]
-        groups.append([(embedded(student, batch), batch.actions) for batch in batches])
-    paths = task_paths(student, groups, config.target_flops)
+    if influence is not None:
+        paths = task_experts(student, len(chosen), config.target_flops, influence)
+    else:
+        groups = []
+        for ids in chosen:
+            batches = [_read(loader, part, torch.zeros_like(part), device) for part in ids.split(64)]
+            groups.append([(embedded(student, batch), batch.actions) for batch in batches])
+        paths = task_paths(student, groups, config.target_flops)
     router: Any = routed_stacks(student)[0].router
     seen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     handle = router.register_forward_pre_hook(lambda module, given: seen.append((given[0], (*given, None)[1])))

@@ -75,9 +75,10 @@ class ActDistillConfig(ActingConfig):
     router_lr: float = 1e-3
     router_standardise: bool = False
     """Samples differ in the router's eyes whatever the budget asks (a BatchNorm of its logits): no single path for all."""
-    router_start: Literal["even", "influence", "tasks"] = "even"
-    """The router prefers no layer at first; or the more influential ones: under hold_budget it then starts as static pruning; or
-    it starts with a path for each task, of the layers that it needs most (task_paths), and so at target_flops."""
+    router_start: Literal["even", "influence", "tasks", "experts"] = "even"
+    """The router prefers no layer at first; or the more influential ones: under hold_budget it then starts as static pruning. Or it
+    starts at target_flops with a path for each task: of the layers that it needs most (task_paths), or of copies of the most
+    influential ones, which then belong to the task alone (task_experts)."""
     router_delay: float = 0.0
     """The router stays as it starts for this part of the updates, while the layers learn to do without each other; 1: for good."""
     hold_budget: bool = False
@@ -107,16 +108,16 @@ class ActDistillConfig(ActingConfig):
             "decisive_weight", "demo_seed", "shift",
         )  # fmt: skip
         self._one_of("routing", ("learned", "static", "random"))
-        self._one_of("router_start", ("even", "influence", "tasks"))
+        self._one_of("router_start", ("even", "influence", "tasks", "experts"))
         self._one_of("train", ("transformer", "all", "lora"))
         self._one_of("cache_dtype", ("float16", "float32"))
         if not 0 < self.target_flops <= 1:
             raise ValueError(f"target_flops must be a fraction in (0, 1], got {self.target_flops!r}")
         if not 0 <= self.router_delay <= 1:
             raise ValueError(f"router_delay must be a part of the updates in [0, 1], got {self.router_delay!r}")
-        if self.router_start == "tasks" and self.router_standardise:
+        if self.router_start in ("tasks", "experts") and self.router_standardise:
             raise ValueError(
-                'router_start="tasks" sets the router\'s decisions, which router_standardise=True would undo; drop one of them'
+                f'router_start="{self.router_start}" sets the decisions, which router_standardise=True would undo; drop one of them'
             )
         if not 0 <= self.anneal < 1:
             raise ValueError(f"anneal must be a part of the updates in [0, 1), got {self.anneal!r}")

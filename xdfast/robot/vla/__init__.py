@@ -30,6 +30,7 @@ _NAMES = {
     "load_vla": "files",
     "save_hf_vla": "hf_pretrained",
     "save_vla": "files",
+    "task_experts": "task_experts",
     "task_paths": "task_paths",
 }
 
@@ -55,6 +56,7 @@ __all__ = [
     "load_vla",
     "save_hf_vla",
     "save_vla",
+    "task_experts",
     "task_paths",
 ]
 
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
     from xdfast.robot.vla.multitask import MultiTaskLoader, MultiTaskWindows, VLABatch
     from xdfast.robot.vla.spec import VLASpec
     from xdfast.robot.vla.students import derive_student
+    from xdfast.robot.vla.task_experts import task_experts
     from xdfast.robot.vla.task_paths import task_paths
     from xdfast.robot.vla.views import ViewBatch, ViewLoader
 
