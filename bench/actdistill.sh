@@ -1,28 +1,36 @@
 #!/usr/bin/env bash
-# ActDistill in closed loop: a VLA on five MetaWorld tasks, its student with half of the layers' FLOPs, and two baselines with as many:
-# always the same layers, and layers drawn by chance. About two hours on two CPU cores; interrupted, the same command continues.
+# ActDistill in closed loop: a VLA on five MetaWorld tasks, its student with a part of the layers' FLOPs, and two baselines with as many:
+# always the same layers, and layers drawn by chance. Two to three hours on two CPU cores; interrupted, the same command continues.
 # From the repository's root, in an environment where xdfast is installed (PYTHON names its interpreter):
 #
-#   bash bench/actdistill.sh [runs] [episodes]
+#   bash bench/actdistill.sh [runs] [episodes] [half|eighth]
 #
-# The page is runs/actdistill.html; its JSON becomes bench/results/cpu/actdistill.json.
+# half: recipe actdistill-metaworld, four layers of eight. eighth: actdistill-metaworld-experts, one of eight. Both take the teacher and
+# the first stage from the same folder. The page is RUNS/half.html; its JSON becomes bench/results/cpu/actdistill.json
+# (eighth.html, actdistill_eighth.json).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONSAFEPATH=1
 PYTHON="${PYTHON:-python3}"
-runs="${1:-runs/actdistill}" episodes="${2:-60}"
+runs="${1:-runs/actdistill}" episodes="${2:-60}" part="${3:-half}"
+case "$part" in
+  half) recipe=actdistill-metaworld json=actdistill ;;
+  eighth) recipe=actdistill-metaworld-experts json=actdistill_eighth ;;
+  *) echo "the third argument is half or eighth, got $part" >&2; exit 2 ;;
+esac
 mkdir -p "$runs"
 xdfast() { "$PYTHON" -P -m xdfast "$@"; }
 
 xdfast finetune --recipe vla-metaworld --out "$runs/vla"
-xdfast distill --recipe actdistill-metaworld --teacher "$runs/vla" --out "$runs/half"
+xdfast distill --recipe "$recipe" --teacher "$runs/vla" --stage1 "$runs/stage1" --out "$runs/$part"
 for routing in static random; do
-  xdfast distill --recipe actdistill-metaworld --teacher "$runs/vla" --routing "$routing" --stage1 "$runs/half/stage1" --out "$runs/$routing"
+  xdfast distill --recipe "$recipe" --teacher "$runs/vla" --routing "$routing" --stage1 "$runs/stage1" --out "$runs/$part-$routing"
 done
-for run in vla half static random; do
+for run in vla "$part" "$part-static" "$part-random"; do
   for task in drawer-open drawer-close button-press-topdown door-open window-close; do
     xdfast evaluate --model "$runs/$run" --task "$task" --episodes "$episodes" --videos 1
   done
 done
-xdfast report "$runs/vla" "$runs/half" "$runs/static" "$runs/random" --title "ActDistill on five MetaWorld tasks" --out "$runs/actdistill.html"
-cp "$runs/actdistill.json" bench/results/cpu/actdistill.json
+xdfast report "$runs/vla" "$runs/$part" "$runs/$part-static" "$runs/$part-random" \
+  --title "ActDistill on five MetaWorld tasks" --out "$runs/$part.html"
+cp "$runs/$part.json" "bench/results/cpu/$json.json"

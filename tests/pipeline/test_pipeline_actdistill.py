@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from vla_parts import SIZE, TASKS, make_vla, task_folders, write_task
+from vla_parts import SIZE, TASKS, make_vla, observation, task_folders, write_task
 
 import xdfast
+from xdfast import distributed
 from xdfast.cli import main, parse_config
 from xdfast.data.store import TeacherStore
 from xdfast.models import CheckpointError
@@ -22,7 +23,15 @@ from xdfast.pipeline.actdistill import check_samples
 from xdfast.pipeline.actdistill_task import ActDistillTask, EncapsulationTask
 from xdfast.robot.demos.open import open_demos
 from xdfast.robot.model_files import load_weights
-from xdfast.robot.vla import MultiTaskWindows, Observation, ViewLoader, derive_student, instructions_of, load_vla
+from xdfast.robot.vla import (
+    MultiTaskWindows,
+    Observation,
+    ViewLoader,
+    derive_student,
+    hidden_states,
+    instructions_of,
+    load_vla,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -242,10 +251,11 @@ def test_each_task_has_layers_of_its_own(student, teacher, demos, tmp_path, capl
     with torch.no_grad():
         vla.actions(seen)
     ran = ["".join(str(int(g)) for g in row) for row in vla.layers.decision.gates[:, :, 0].tolist()]
-    assert ran == ["0010"] * 3 + ["0001"] * 3 and run.metrics["flops_fraction"] == 0.25
+    assert ran == ["1000"] * 3 + ["0100"] * 3 and run.metrics["flops_fraction"] == 0.25
     assert run.metrics["distinct_paths"] == 2
-    losses = [row["loss_policy"] for row in run.history if row["kind"] == "train"]
-    assert losses[-1] < 0.7 * losses[0]
+    rows = [row for row in run.history if row["kind"] == "train"]
+    assert rows[-1]["loss_policy"] < 0.7 * rows[0]["loss_policy"]
+    assert max(row["loss_budget"] for row in rows) < 1e-9  # it starts at its target
     # the same start as static pruning: what only the tasks' own layers can explain comes later
     static = xdfast.distill(teacher=teacher, out=str(tmp_path / "static"), **{**settings, "routing": "static"})
     first = [r.history[0]["loss_policy"] for r in (run, static)]
@@ -304,6 +314,60 @@ def test_the_teacher_is_asked_in_eval_mode(teacher, demos, tmp_path) -> None:
     kept = actdistill_stage1.Encapsulated(heads, store, {}).targets(batch.ids, batch.views)
     torch.testing.assert_close(kept[0], semantics, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(kept[1], actions, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("routing", ["learned", "static", "random"])
+@pytest.mark.parametrize("lora", [None, 2])
+def test_layers_that_nobody_chooses_are_not_computed(routing, lora, monkeypatch) -> None:
+    """Where no router learns, an update costs the layers that run, and is the same update."""
+    vla = make_vla(layers=4)
+    seen = Observation(*observation(vla, 6))
+    with torch.no_grad():
+        states = hidden_states(vla.layers, vla.embed(seen))
+    config = ActDistillConfig(
+        out="x",
+        teacher="y",
+        steps=10,
+        target_flops=0.5,
+        router_delay=0.5,
+        routing=routing,
+        train="lora" if lora else "transformer",
+    )
+    heads = GraphEncapsulation(32, 4, vla.chunk, 4, semantic_dim=8, hidden=8, rank=4, k=4)
+    said = torch.randn(4, 6, 8), torch.randn(4, 6, vla.chunk, 4)
+
+    def updated(step: int) -> tuple[str, torch.Tensor, dict[str, torch.Tensor]]:
+        student = derive_student(vla, 0.5, routing=routing, always_on=(), states=states, lora=lora)
+        if lora:
+            for name, value in student.named_parameters():
+                if name.endswith("lora_b"):  # zero at first: their gradients would say little
+                    torch.nn.init.normal_(value, std=0.1, generator=torch.Generator().manual_seed(0))
+        if routing == "learned":
+            with torch.no_grad():  # samples differ in their paths
+                student.layers.router.head.weight.normal_(generator=torch.Generator().manual_seed(1))
+                student.layers.router.head.bias.zero_()
+        task = ActDistillTask(student, copy.deepcopy(heads), lambda ids, views: said, config).train()
+        parts = task.forward(
+            seen.images, torch.zeros(6, vla.chunk, 4), seen.state, seen.instruction, said[0], said[1], step
+        )
+        parts["loss"].backward()
+        stack = routed_stacks(student)[0]
+        grads = {n: p.grad for n, p in task.named_parameters() if p.grad is not None and bool(p.grad.any())}
+        return stack.decision.executor, parts["loss"].detach(), grads
+
+    executor, loss, grads = updated(0)
+    assert executor == "planned"
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)  # there every parameter needs a gradient
+    plain, wanted, all_grads = updated(0)
+    assert plain == "dense_mask"
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
+    assert grads.keys() == all_grads.keys()
+    for name, value in all_grads.items():
+        torch.testing.assert_close(grads[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    monkeypatch.undo()
+    assert updated(5)[0] == (
+        "dense_mask" if routing == "learned" else "planned"
+    )  # a router that learns sees all layers
 
 
 def test_the_target_falls_smoothly_and_stays() -> None:

@@ -231,14 +231,15 @@ def _check_options(
             f"unit={unit!r} needs attention that can take some tokens alone; {type(layers[0]).__name__} is called as it is, with "
             "whole samples: use unit='sample'"
         )
-    random = [m for layer in layers for m in layer.modules() if _chance(m) > 0]
+    random = [m for layer in layers for m in layer.modules() if drop_rate(m) > 0]
     if sparse_train and random:
         raise ValueError(
             f"sparse_train computes listed rows without {type(random[0]).__name__}; build the model with drop rates 0"
         )
 
 
-def _chance(module: nn.Module) -> float:
+def drop_rate(module: nn.Module) -> float:
+    """The rate at which a module drops what passes through it: of dropout and stochastic depth; 0 for any other."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p
     return float(getattr(module, "drop_prob", None) or 0) if type(module).__name__ == "DropPath" else 0.0

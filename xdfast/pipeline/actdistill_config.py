@@ -69,7 +69,7 @@ class ActDistillConfig(ActingConfig):
     decisive_weight: float = 0.01
     """Pushes the router's probabilities away from 1/2."""
     anneal: float = 0.4
-    """The FLOPs' target falls from 1 to target_flops over this part of the updates."""
+    """The FLOPs' target falls from 1 to target_flops over this part of the updates, unless the router starts there."""
     router_hidden: int = 64
     """Width of the router's projection of each kind of token."""
     router_lr: float = 1e-3

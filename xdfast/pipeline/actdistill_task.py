@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xdfast import distributed
 from xdfast.losses import ActDistillLoss, stage1_loss
 from xdfast.models import budget_loss, hold_budget
 from xdfast.nn import GraphEncapsulation, RandomRouter, StaticRouter, routed_stacks
+from xdfast.nn.convert import drop_rate
 from xdfast.pipeline.task import TrainingTask
 from xdfast.robot.vla import Observation, ViewBatch, hidden_states
 
@@ -107,6 +109,10 @@ class ActDistillTask(TrainingTask):
             return_components=True,
         )  # fmt: skip
         self._targets, self._config = targets, config
+        stack = self.stack[0]
+        self._usual = (stack.sparse_train, stack.explore)
+        # DistributedDataParallel waits for a gradient of every parameter; listed rows know no dropout
+        self._can_skip = distributed.world_size() == 1 and not any(drop_rate(m) > 0 for m in student.layers.modules())
         self._frozen = vision_of(student) if config.train != "all" else None
         if self._frozen is not None:
             self._frozen.requires_grad_(False)
@@ -156,7 +162,11 @@ class ActDistillTask(TrainingTask):
         assert targets is not None and state is not None and instruction is not None
         student, stack = self.student, self.stack[0]
         self.budget.target_flops = self.target_at(step)
-        stack.router.frozen = 0 <= step < self._config.router_delay * self._config.steps
+        waits = 0 <= step < self._config.router_delay * self._config.steps
+        stack.router.frozen = waits
+        # what is off has nothing to say where nobody learns which layers to take: it is not computed, forward or backward
+        skips = self._can_skip and (waits or not self.learned)
+        stack.sparse_train, stack.explore = (True, 0.0) if skips else self._usual
         if stack.router.hold is not None:
             stack.router.hold.target_flops = self.budget.target_flops
         states = hidden_states(student.layers, embedded(student, Demonstrated(images, state, instruction, targets)))
@@ -174,7 +184,9 @@ class ActDistillTask(TrainingTask):
         return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
 
     def target_at(self, step: int) -> float:
-        """The FLOPs' target in an update, counted from 0."""
+        """The FLOPs' target in an update, counted from 0; a router that starts at it stays there."""
+        if self.learned and self._config.router_start in ("tasks", "experts"):
+            return self._config.target_flops
         final, length = self._config.target_flops, self._config.anneal * self._config.steps
         done = 1.0 if length == 0 or step < 0 else min(step / length, 1.0)
         return final + (1 - final) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * done)).item())

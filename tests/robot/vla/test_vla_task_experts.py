@@ -52,7 +52,7 @@ def test_every_task_starts_as_static_pruning_and_learns_alone() -> None:
     ("ranks", "target", "always_on", "tasks", "paths", "sources"),
     [
         # one layer is kept: a copy for each task
-        ((9, 1, 2, 3), 0.25, (), 3, ["0100", "0010", "0001"], [0, 0, 0, 0]),
+        ((9, 1, 2, 3), 0.25, (), 3, ["1000", "0100", "0010"], [0, 0, 0, 3]),
         # two are kept: the deeper one has as many copies as there are tasks, the other what room is left
         ((9, 8, 1, 2, 3, 4), 0.34, (), 4, ["101000", "100100", "010010", "010001"], [0, 0, 1, 1, 1, 1]),
         # the ends are always on and shared; the middle has copies
@@ -62,7 +62,7 @@ def test_every_task_starts_as_static_pruning_and_learns_alone() -> None:
         # everything is kept: the teacher, for all
         ((1, 2, 3), 1.0, (), 2, ["111", "111"], [0, 1, 2]),
         # one task: static pruning
-        ((1, 2, 9, 3), 0.5, (), 1, ["0011"], [0, 1, 2, 3]),
+        ((1, 2, 9, 3), 0.5, (), 1, ["1100"], [2, 3, 2, 3]),
     ],
 )
 def test_places(ranks, target, always_on, tasks, paths, sources) -> None:

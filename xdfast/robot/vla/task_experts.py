@@ -22,8 +22,10 @@ def task_experts(student: Any, tasks: int, target_flops: float, influence: Tenso
     computes, at the same FLOPs, and with the parameters of the whole teacher to learn on. What two tasks need no longer has to
     fit into the same weights.
 
-    Copies go to the deepest kept layer first, up to one for each task, then to the one before it; where there are fewer copies than
-    tasks, neighbours share one. Layers that are always on are shared by all and stay where they are.
+    The deepest kept layer is copied first, up to once for each task, then the one before it; where there are fewer copies than
+    tasks, neighbours share one. They stand in the order of the layers they are copies of, as early as possible: heads on the states
+    of all layers (:class:`xdfast.losses.ActDistillLoss`) learn nothing before a task's first layer. Layers that are always on are
+    shared by all and stay where they are.
 
     Args:
         student: routed (:func:`xdfast.robot.vla.derive_student`), with its teacher's weights; its layers' weights are overwritten.
@@ -78,9 +80,14 @@ def _places(kept: tuple[int, ...], always_on: tuple[int, ...], layers: int, task
     edges = [-1, *always_on, layers]
     for first, last in pairwise(edges):
         chosen = [layer for layer in kept if first < layer < last]
-        end = last
+        counts, room = [0] * len(chosen), last - first - 1
         for number in range(len(chosen) - 1, -1, -1):  # deepest first
-            count = min(tasks, end - first - 1 - number)
-            placed[chosen[number]] = list(range(end - count, end))
-            end -= count
+            counts[number] = min(tasks, room - number)
+            room -= counts[number]
+        slot = (
+            first + 1
+        )  # as early as possible: what follows a copy says what it says, what precedes it knows nothing yet
+        for layer, count in zip(chosen, counts):
+            placed[layer] = list(range(slot, slot + count))
+            slot += count
     return placed

@@ -106,7 +106,7 @@ class ViewLoader(MultiTaskLoader):
             ids, views: integers ``[B]``.
         """
         ids, views = torch.as_tensor(ids), torch.as_tensor(views)
-        tasks = torch.bucketize(ids, self.data.starts[1:], right=True)
+        tasks = torch.bucketize(ids.contiguous(), self.data.starts[1:], right=True)
         return self._seen(tasks, ids - self.data.starts[tasks], views, -1)
 
     def _seen(self, tasks: Tensor, local: Tensor, views: Tensor, step: int) -> ViewBatch:
