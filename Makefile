@@ -142,6 +142,7 @@ harden: $(STAMP)
 
 figures: $(STAMP)
 	@"$(BIN)/python" -m xdfast.bench.table README.md bench/results/cpu/rsd.json
+	@"$(BIN)/python" -m xdfast.bench.table docs/rsd.md bench/results/cpu/rsd_avx2.json limits
 	@"$(BIN)/python" -m xdfast.bench.routed_table README.md bench/results/cpu/routed.json B=16 exact 1 0.5 0.25
 	@"$(BIN)/python" -m xdfast.bench.routed_table docs/routed.md bench/results/cpu/routed.json
 	@"$(BIN)/python" -m xdfast.bench.recipes

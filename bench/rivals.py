@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,12 +32,13 @@ def lightly_style(student: Tensor, teacher: Tensor, kappa: float = 0.01) -> Tens
     return on + kappa * off
 
 
-def bare_gradient(wanted: list[Tensor]) -> tuple[Tensor, ...]:
-    """The gradient of a sum, which writes nothing: what PyTorch's autograd asks of any loss, however fast its arithmetic."""
+def bare_gradient(wanted: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    """A call of ``torch.autograd.grad`` whose rule computes nothing (a sum's gradient is a view of one number): what PyTorch asks
+    of the backward pass of any loss, however fast its arithmetic."""
     loss = wanted[0].sum()
     for x in wanted[1:]:
         loss = loss + x.sum()
-    return torch.autograd.grad(loss, wanted)
+    return lambda: torch.autograd.grad(loss, wanted, retain_graph=True)
 
 
 def gemm_floor(student: Tensor, teacher: Tensor, small: Tensor, large: Tensor) -> None:

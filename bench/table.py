@@ -1,6 +1,7 @@
 """Results as tables: on the terminal, and as Markdown in the README, which is generated from the committed files.
 
-``python -m xdfast.bench.table README.md bench/results/cpu/rsd.json`` rewrites what stands between the README's markers.
+``python -m xdfast.bench.table README.md bench/results/cpu/rsd.json`` rewrites what stands between the README's markers;
+``… docs/rsd.md bench/results/cpu/rsd_avx2.json limits`` the table of what a machine allows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from .markers import between_markers
 from .rsd import OURS
 
-__all__ = ["from_benchmark_json", "markdown", "rows", "update_readme"]
+__all__ = ["from_benchmark_json", "limits", "markdown", "rows", "update_readme"]
 
 HEADINGS = (
     "N × D",
@@ -97,12 +98,28 @@ def update_readme(readme: str, results: Sequence[dict[str, Any]]) -> str:
     return between_markers(readme, "rsd", markdown(results))
 
 
+def limits(document: str, results: Sequence[dict[str, Any]]) -> str:
+    """The document with a table of one gradient's cases between its markers: how many times as fast as each rival we are, and, in
+    brackets, a loss would be that costs its two products by PyTorch's BLAS and an empty backward pass."""
+    lines = [("N × D", "ms", "× lightly-style", "× lightly-style compiled", "× literal", "op / floor"), ("---:",) * 6]
+    for r in results:
+        ms = r["median_ms"]
+        rivals = [
+            f"{_number(ms[name] / ms[OURS])} ({_number(r['limit'][name])})"
+            for name in ("lightly-style", "lightly-style compiled", "literal")
+        ]
+        alone = _number(ms[f"{OURS} op alone"] / ms["floor"])
+        lines.append((f"{r['n']} × {r['d']}", _number(ms[OURS]), *rivals, alone))
+    return between_markers(document, "rsd-limits", "\n".join("| " + " | ".join(line) + " |" for line in lines))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """``table.py README RESULTS.json``."""
-    readme, path = (Path(a) for a in (sys.argv[1:] if argv is None else argv))
-    results, _ = from_benchmark_json(path)
+    """``table.py DOCUMENT RESULTS.json [limits]``."""
+    document, path, *form = sys.argv[1:] if argv is None else argv
+    results, _ = from_benchmark_json(Path(path))
     student = [r for r in results if not r["both"]]
-    readme.write_text(update_readme(readme.read_text(encoding="utf-8"), student), encoding="utf-8")
+    update = limits if form == ["limits"] else update_readme
+    Path(document).write_text(update(Path(document).read_text(encoding="utf-8"), student), encoding="utf-8")
     return 0
 
 

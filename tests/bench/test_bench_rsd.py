@@ -71,7 +71,9 @@ def test_the_floor_is_the_two_products() -> None:
 def test_what_autograd_alone_costs_is_a_gradient_like_any_other() -> None:
     wanted = [torch.randn(4, 3, requires_grad=True), torch.randn(4, 5, requires_grad=True)]
     for some in (wanted[:1], wanted):
-        found = rivals.bare_gradient(some)
+        backward = rivals.bare_gradient(some)
+        found = backward()
+        assert len(backward()) == len(found)  # again and again
         assert len(found) == len(some) and all(torch.equal(g, torch.ones_like(x)) for g, x in zip(found, some))
 
 
@@ -122,6 +124,16 @@ def test_the_table_in_the_readme_is_the_committed_one() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     results, _ = table.from_benchmark_json(RESULTS)
     assert table.update_readme(readme, [r for r in results if not r["both"]]) == readme
+
+
+def test_the_table_of_limits_is_the_committed_one() -> None:
+    document = (ROOT / "docs/rsd.md").read_text(encoding="utf-8")
+    results, about = table.from_benchmark_json(RESULTS.with_name("rsd_avx2.json"))
+    assert about["capability"] == "AVX2"
+    student = [r for r in results if not r["both"]]
+    assert table.limits(document, student) == document  # if not: make figures
+    assert {(r["n"], r["d"]) for r in student} >= set(rsd.MUST_REACH)
+    assert max(r["gradient_error"][rsd.OURS] for r in results) < 1e-5
 
 
 def test_committed_figures_cover_the_promised_shapes_and_are_right() -> None:
