@@ -91,13 +91,14 @@ def distill_vla(config: ActDistillConfig, teacher: Any = None) -> RunResult:
             router={"hidden": config.router_hidden, "standardise": config.router_standardise},
             seed=config.seed,
         )
+        paths = None
         if config.routing == "learned" and config.router_start in ("tasks", "experts"):
             influence = block_influence(_states(vla, loader, device)) if config.router_start == "experts" else None
-            _start_by_tasks(student, loader, config, device, influence)
+            paths = _start_by_tasks(student, loader, config, device, influence)
         _trainable(student, config)
         identity = {"teacher": weights_hash(vla), "stage1": first.store.facts, "samples": len(loader.data)}
         del vla  # its answers are in the store
-        task = ActDistillTask(student, copy.deepcopy(first.heads).requires_grad_(True), first.targets, config)
+        task = ActDistillTask(student, copy.deepcopy(first.heads).requires_grad_(True), first.targets, config, paths)
 
         def validate(net: nn.Module) -> dict[str, float]:
             if not config.episodes:
@@ -250,7 +251,7 @@ def _states(vla: Any, loader: ViewLoader, device: torch.device) -> list[torch.Te
 @torch.no_grad()
 def _start_by_tasks(
     student: Any, loader: ViewLoader, config: ActDistillConfig, device: torch.device, influence: torch.Tensor | None
-) -> None:
+) -> torch.Tensor:
     """The router begins with a path for each task, told from its words and pictures: of copies of the most influential layers
     (:func:`xdfast.robot.vla.task_experts`), or without an influence of those it needs (:func:`xdfast.robot.vla.task_paths`)."""
     ends = loader.data.starts.tolist()
@@ -282,6 +283,7 @@ def _start_by_tasks(
         for task, path in zip(loader.data.tasks, paths):
             log.info("%s starts with layers %s", task, "".join(str(int(on)) for on in path))
         log.info("the router tells %.1f %% of the samples' tasks apart", 100 * right)
+    return paths
 
 
 def _read(loader: ViewLoader, ids: torch.Tensor, views: torch.Tensor, device: torch.device) -> Any:

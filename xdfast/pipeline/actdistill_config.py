@@ -80,7 +80,8 @@ class ActDistillConfig(ActingConfig):
     starts at target_flops with a path for each task: of the layers that it needs most (task_paths), or of copies of the most
     influential ones, which then belong to the task alone (task_experts)."""
     router_delay: float = 0.0
-    """The router stays as it starts for this part of the updates, while the layers learn to do without each other; 1: for good."""
+    """The router stays as it starts for this part of the updates (1: for good), while the layers learn to do without each other.
+    With a path for each task, samples take their task's for so long, and the router learns to tell it."""
     hold_budget: bool = False
     """Every update keeps the target exactly: layers and samples compete for it (BudgetShift), instead of the budget's loss."""
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from xdfast import distributed
 from xdfast.losses import ActDistillLoss, stage1_loss
 from xdfast.models import budget_loss, hold_budget
-from xdfast.nn import GraphEncapsulation, RandomRouter, StaticRouter, routed_stacks
+from xdfast.nn import GraphEncapsulation, RandomRouter, StaticRouter, fixed_gates, routed_stacks
 from xdfast.nn.convert import drop_rate
 from xdfast.pipeline.task import TrainingTask
 from xdfast.robot.vla import Observation, ViewBatch, hidden_states
@@ -77,11 +79,16 @@ class ActDistillTask(TrainingTask):
     falls from 1 to r* along half a cosine over the first part of the updates, so that layers leave one by one. With
     ``config.hold_budget`` the router cuts every batch at that target; the budget's loss then has nothing left to pull.
 
+    With ``paths``, samples take the path of their task for the first ``config.router_delay`` of the updates, and the router learns
+    by binary cross-entropy to tell it from the tokens, which go on changing under it; then it decides. Without them it stays
+    as it is for so long.
+
     Args:
         student: routed VLA (:func:`xdfast.robot.vla.derive_student`).
         heads: of stage 1; copied by the caller.
         targets: (ids, views) → what the teacher's heads said: semantics ``[L, B, S]``, actions ``[L, B, H, A]``.
         config: :class:`xdfast.pipeline.ActDistillConfig`.
+        paths: [tasks, L] bool, where each task starts (:func:`xdfast.robot.vla.task_experts`), or None.
     """
 
     student: Any
@@ -93,9 +100,10 @@ class ActDistillTask(TrainingTask):
         heads: GraphEncapsulation,
         targets: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         config: Any,
+        paths: Tensor | None = None,
     ) -> None:
         super().__init__(student)
-        self.heads = heads
+        self.heads, self._paths = heads, paths
         self.stack: tuple[Any] = (routed_stacks(student)[0],)  # in a tuple: it is the student's sub-module already
         self.learned = not isinstance(self.stack[0].router, (StaticRouter, RandomRouter))
         if self.learned and config.hold_budget:
@@ -145,6 +153,7 @@ class ActDistillTask(TrainingTask):
             "instruction": batch.instruction.to(device, non_blocking=True),
             "teacher_semantics": semantics.to(device, non_blocking=True),
             "teacher_actions": actions.to(device, non_blocking=True),
+            "task": batch.task.to(device, non_blocking=True),
             "step": batch.step,
         }
 
@@ -156,6 +165,7 @@ class ActDistillTask(TrainingTask):
         instruction: Tensor | None = None,
         teacher_semantics: Tensor | None = None,
         teacher_actions: Tensor | None = None,
+        task: Tensor | None = None,
         step: int = -1,
     ) -> dict[str, Tensor]:
         # every rank has rows in every step: see MultiTaskLoader
@@ -163,23 +173,32 @@ class ActDistillTask(TrainingTask):
         student, stack = self.student, self.stack[0]
         self.budget.target_flops = self.target_at(step)
         waits = 0 <= step < self._config.router_delay * self._config.steps
-        stack.router.frozen = waits
+        told = None if self._paths is None or not waits else self._paths.to(images.device)[task].float()
+        stack.router.frozen = waits and told is None
         # what is off has nothing to say where nobody learns which layers to take: it is not computed, forward or backward
         skips = self._can_skip and (waits or not self.learned)
         stack.sparse_train, stack.explore = (True, 0.0) if skips else self._usual
         if stack.router.hold is not None:
             stack.router.hold.target_flops = self.budget.target_flops
-        states = hidden_states(student.layers, embedded(student, Demonstrated(images, state, instruction, targets)))
+        tokens = embedded(student, Demonstrated(images, state, instruction, targets))
+        with nullcontext() if told is None else fixed_gates(student, told):
+            states = hidden_states(student.layers, tokens)
         semantics, actions = self.heads(torch.stack(states[1:]), mask=readable(student, states[0]))
         dual = self.dual(semantics, actions, teacher_semantics, teacher_actions, normalised(student, targets))
         policy = student.chunk_loss(states[-1], targets)
-        budget = self.budget(stack.decision.gates, stack.decision.probabilities)
+        probabilities, telling = stack.decision.probabilities, policy.new_zeros(())
+        if told is not None:
+            logits = stack.router(tokens.detach()).float()  # what it reads is not bent towards it
+            probabilities = logits.sigmoid()
+            telling = F.binary_cross_entropy_with_logits(logits, told[..., None].expand_as(logits))
+        budget = self.budget(stack.decision.gates, probabilities)
         loss = self._config.policy_weight * policy + dual.loss
         if self.learned:
-            loss = loss + budget.loss
+            loss = loss + budget.loss + telling
         terms = {
             "policy": policy, "semantic": dual.cosine, "relation": dual.relation, "to_target": dual.target,
             "to_teacher": dual.teacher, "to_previous": dual.previous, "budget": budget.budget, "fraction": budget.fraction,
+            **({} if told is None else {"router": telling}),
         }  # fmt: skip
         return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
 
