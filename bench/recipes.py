@@ -22,6 +22,7 @@ def gather(results: Path) -> list[dict[str, Any]]:
         ("policy_metaworld.json", _policies),
         ("vla_metaworld.json", _vla),
         ("actdistill.json", _actdistill),
+        ("actdistill_eighth.json", _actdistill),
         ("cifar10_unlabelled.json", _cifar10),
         ("policy_encoders.json", _encoders),
         ("compare_cifar10.json", _compare),
@@ -67,8 +68,10 @@ def _actdistill(values: dict[str, Any]) -> list[dict[str, Any]]:
         if column["role"] not in ("teacher", "learned"):
             continue
         (one,) = column["per_run"]
-        metrics = runs[one["run"]]["metrics"]
-        recipe = "vla-metaworld" if column["role"] == "teacher" else "actdistill-metaworld"
+        run = runs[one["run"]]
+        metrics, experts = run["metrics"], run["config"].get("router_start") == "experts"
+        student = "actdistill-metaworld-experts" if experts else "actdistill-metaworld"
+        recipe = "vla-metaworld" if column["role"] == "teacher" else student
         what = "five tasks" if column["role"] == "teacher" else f"five tasks, {column['label']} of the layers' FLOPs"
         seconds = metrics["seconds"] + metrics.get("seconds_stage1", 0.0)
         rows.append(_solved(recipe, what, one["solved"], one["episodes"], device, seconds))

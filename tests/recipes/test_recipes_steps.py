@@ -126,15 +126,16 @@ def test_two_steps_of_the_vla(tmp_path, monkeypatch) -> None:
     assert run.policy.num_layers == settings["layers"]
 
 
-def test_two_steps_of_actdistill(tmp_path) -> None:
+@pytest.mark.parametrize("recipe", ["actdistill-metaworld", "actdistill-metaworld-experts"])
+def test_two_steps_of_actdistill(recipe, tmp_path) -> None:
     teacher = write_teacher(tmp_path / "vla")
     demos = vla_parts.task_folders(tmp_path / "demos")
-    given = {**load_recipe("actdistill-metaworld").settings, **TWO_STEPS, "steps": 2, "warmup_steps": 0}
+    given = {**load_recipe(recipe).settings, **TWO_STEPS, "steps": 2, "warmup_steps": 0}
     given |= {"heads_steps": 2, "views": 1, "demos": demos, "out": str(tmp_path / "half")}
     check(xdfast.distill(teacher=teacher, **given))
 
 
 def test_every_recipe_that_trains_is_among_them() -> None:
-    trained = {*distillations(), *policies(), "vla-metaworld", "actdistill-metaworld"}
+    trained = {*distillations(), *policies(), "vla-metaworld", "actdistill-metaworld", "actdistill-metaworld-experts"}
     others = [load_recipe(name) for name in recipe_names() if name not in trained]
     assert {recipe.verb for recipe in others} <= {"suite", "compare"}
