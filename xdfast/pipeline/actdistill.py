@@ -91,14 +91,14 @@ def distill_vla(config: ActDistillConfig, teacher: Any = None) -> RunResult:
             router={"hidden": config.router_hidden, "standardise": config.router_standardise},
             seed=config.seed,
         )
-        paths = None
+        starts = None
         if config.routing == "learned" and config.router_start in ("tasks", "experts"):
             influence = block_influence(_states(vla, loader, device)) if config.router_start == "experts" else None
-            paths = _start_by_tasks(student, loader, config, device, influence)
+            starts = _start_by_tasks(student, loader, config, device, influence)
         _trainable(student, config)
         identity = {"teacher": weights_hash(vla), "stage1": first.store.facts, "samples": len(loader.data)}
         del vla  # its answers are in the store
-        task = ActDistillTask(student, copy.deepcopy(first.heads).requires_grad_(True), first.targets, config, paths)
+        task = ActDistillTask(student, copy.deepcopy(first.heads).requires_grad_(True), first.targets, config, starts)
 
         def validate(net: nn.Module) -> dict[str, float]:
             if not config.episodes:
