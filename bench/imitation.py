@@ -29,22 +29,26 @@ _STRIDE = 3
 
 
 @torch.no_grad()
-def measure(run: str, *, episodes: int = 6, seed: int = 5000) -> dict[str, Any]:
+def measure(run: str, *, demos: str = "6", seed: int = 5000) -> dict[str, Any]:
     """The policy's own loss of each task on demonstrations of other seeds, with their usual instruction and pictures as they are.
 
     Args:
         run: folder of a VLA or of a student of one.
-        episodes: of the expert, for each task.
-        seed: of the first of them.
+        demos: episodes of the expert for each task, a number; or a folder with a folder of demonstrations for each task.
+        seed: of the first of the expert's.
 
     Returns:
         ``loss`` by task, their mean, and on how many samples.
+
+    Raises:
+        ValueError: no demonstrations of one of the policy's tasks.
+        FileNotFoundError: no such run.
     """
     vla = load_vla(run).eval()
     spec, tasks = vla.spec, list(vla.spec.tasks)
     opened = [
         task_demonstrations(
-            str(episodes), task, spec.cameras, Path(run), demo_seed=seed, image_size=spec.image_size[0], progress=False
+            demos, task, spec.cameras, Path(run), demo_seed=seed, image_size=spec.image_size[0], progress=False
         )
         for task in tasks
     ]
@@ -67,16 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints a row for each run, and writes all to ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+")
-    parser.add_argument("--episodes", type=int, default=6)
+    parser.add_argument("--demos", default="6", help="of each task: a number of episodes, or a folder")
     parser.add_argument("--seed", type=int, default=5000)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(argv)
     rows = []
     for run in given.runs:
-        rows.append(measure(run, episodes=given.episodes, seed=given.seed))
+        rows.append(measure(run, demos=given.demos, seed=given.seed))
         print(f"{rows[-1]['run']}: {rows[-1]['mean']:.4f} on {rows[-1]['samples']} samples")
     if given.out is not None:
-        result = {"episodes": given.episodes, "seed": given.seed, "stride": _STRIDE, "rows": rows}
+        result = {"demos": given.demos, "seed": given.seed, "stride": _STRIDE, "rows": rows}
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 

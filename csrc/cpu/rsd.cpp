@@ -41,8 +41,7 @@ constexpr int64_t kPanelColumns = 256;      // of the passes before the products
 constexpr int64_t kMostColumns = 384;       // of any block
 
 // Pieces of the two products of N >= D: rows of a tile of P, rows and columns of a block of the gradient. Without
-// AVX-512 a BLAS wants larger ones (on Zen 3 the second product runs a fifth faster); bfloat16 products are blocked
-// here.
+// AVX-512 the BLAS wants larger ones (seen on Zen 3); bfloat16 products are blocked here.
 struct Pieces {
   int64_t tile_rows, strip_rows, columns;
 

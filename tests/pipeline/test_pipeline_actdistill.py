@@ -17,7 +17,7 @@ from xdfast import distributed
 from xdfast.cli import main, parse_config
 from xdfast.data.store import TeacherStore
 from xdfast.models import CheckpointError
-from xdfast.nn import GraphEncapsulation, RandomRouter, StaticRouter, routed_stacks
+from xdfast.nn import GraphEncapsulation, LayerRouter, RandomRouter, StaticRouter, routed_stacks
 from xdfast.pipeline import ActDistillConfig, actdistill_stage1
 from xdfast.pipeline.actdistill import check_samples
 from xdfast.pipeline.actdistill_task import ActDistillTask, EncapsulationTask
@@ -256,11 +256,21 @@ def test_each_task_has_layers_of_its_own(student, teacher, demos, tmp_path, capl
     rows = [row for row in run.history if row["kind"] == "train"]
     assert rows[-1]["loss_policy"] < 0.7 * rows[0]["loss_policy"]
     assert max(row["loss_budget"] for row in rows) < 1e-9  # it starts at its target
-    assert rows[-1]["loss_router"] < 0.3
+    assert rows[-1]["loss_router"] < 0.3 and run.metrics["own_path"] == 1.0
+    assert "another task's path" not in caplog.text
     # the same start as static pruning: what only the tasks' own layers can explain comes later
     static = xdfast.distill(teacher=teacher, out=str(tmp_path / "static"), **{**settings, "routing": "static"})
     first = [r.history[0]["loss_policy"] for r in (run, static)]
     assert first[0] == pytest.approx(first[1], rel=0.2)
+
+
+def test_a_router_that_cannot_tell_tasks_apart_is_told(student, teacher, tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(LayerRouter, "fit", lambda self, seen, wanted: 0.0)  # as where nothing distinguishes two tasks
+    settings = {
+        **SHORT, "target_flops": 0.25, "always_on": (), "router_start": "experts", "router_delay": 1.0, "router_lr": 1e-9,
+    }  # fmt: skip
+    run = xdfast.distill(teacher=teacher, out=str(tmp_path / "blind"), **settings)
+    assert run.metrics["own_path"] < 0.95 and "another task's path" in caplog.text
 
 
 def test_a_threshold_that_changes_paths_is_told(student, teacher, tmp_path, caplog) -> None:

@@ -107,10 +107,17 @@ def distill_vla(config: ActDistillConfig, teacher: Any = None) -> RunResult:
 
         result = train(task, loader, config, out, device=device, validate=validate, identity=identity, title=out.name)
     student = _exported(result.module, loader, config, device)
-    fraction, taken = _usage(student, loader, device)
+    fraction, taken, tasks = _usage(student, loader, device)
     paths = Counter(taken)
+    own = None if starts is None else _own(taken, tasks, starts)
     if distributed.is_main():
         log.info("%s: %.1f %% of the layers' FLOPs on the training samples", out, 100 * fraction)
+        if own is not None and own < 1 - _UNTRAINED and config.router_delay == 1:
+            log.warning(
+                "the router sends %.0f %% of the training samples down another task's path, which was not trained on them: it "
+                "cannot tell the tasks apart by pictures and words, or needs a higher router_lr",
+                100 * (1 - own),
+            )
         if config.routing == "learned" and len(paths) == 1 and config.target_flops < 1:
             log.info(
                 "the router sends every sample the same way (%s): layers pruned for good would cost the same without a "
@@ -123,6 +130,7 @@ def distill_vla(config: ActDistillConfig, teacher: Any = None) -> RunResult:
         **result.metrics,
         "flops_fraction": fraction,
         "distinct_paths": float(len(paths)),
+        **({} if own is None else {"own_path": own}),
         "target_flops": config.target_flops,
         "seconds": result.seconds,
         "seconds_stage1": first.metrics["seconds"],
@@ -281,7 +289,7 @@ def _start_by_tasks(
     right = router.fit(seen, torch.cat(wanted))
     if distributed.is_main():
         for task, path in zip(loader.data.tasks, paths):
-            log.info("%s starts with layers %s", task, "".join(str(int(on)) for on in path))
+            log.info("%s starts with layers %s", task, _text(path))
         log.info("the router tells %.1f %% of the samples' tasks apart", 100 * right)
     return paths
 
@@ -300,9 +308,9 @@ def _exported(net: Any, loader: ViewLoader, config: ActDistillConfig, device: to
         router: Any = routed_stacks(student)[0].router
         _settle(router, lambda: [_pass(student, batch) for batch in _batches(loader, device)])
         router.fold_budget()
-        reached, before = _usage(student, loader, device)
+        reached, before, _ = _usage(student, loader, device)
         calibrate_model(student, _batches(loader, device), target_flops=config.target_flops, call=_pass)
-        _, after = _usage(student, loader, device)
+        _, after, _ = _usage(student, loader, device)
         changed = sum(a != b for a, b in zip(before, after)) / len(after)
         if changed > _UNTRAINED and distributed.is_main():
             log.warning(
@@ -332,18 +340,29 @@ def _settle(router: Any, passes: Callable[[], Any]) -> None:
         hold.eval()
 
 
-def _usage(student: Any, loader: ViewLoader, device: torch.device) -> tuple[float, list[str]]:
-    """(mean FLOPs of the layers that run, of all layers'; the path of each sample) on training samples of all tasks."""
+def _usage(student: Any, loader: ViewLoader, device: torch.device) -> tuple[float, list[str], list[int]]:
+    """(mean FLOPs of the layers that run, of all layers'; each sample's path; its task) on training samples of all tasks."""
     stack: Any = routed_stacks(student)[0]
     costs = torch.tensor(student.xdfast_route.costs, dtype=torch.float64)
-    total, paths = 0.0, []
+    total, paths, tasks = 0.0, [], []
     with torch.no_grad():
         for batch in _batches(loader, device):
             _pass(student, batch)
             gates = stack.decision.gates.double().cpu()
             total += float((gates * costs).sum() / costs.sum())
-            paths += ["".join(str(int(g > 0.5)) for g in row) for row in gates.amax(2).tolist()]
-    return total / len(paths), paths
+            paths += [_text(row) for row in gates.amax(2) > 0.5]
+            tasks += batch.task.tolist()
+    return total / len(paths), paths, tasks
+
+
+def _text(path: torch.Tensor) -> str:
+    return "".join(str(int(on)) for on in path.tolist())
+
+
+def _own(taken: list[str], tasks: list[int], starts: torch.Tensor) -> float:
+    """The share of samples that take the path of their own task."""
+    wanted = [_text(path) for path in starts]
+    return sum(path == wanted[task] for path, task in zip(taken, tasks)) / len(taken)
 
 
 def _pass(student: Any, batch: Any) -> Any:
