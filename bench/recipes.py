@@ -7,6 +7,7 @@ tables of ``docs/recipes.md`` between their markers. Every figure belongs to a f
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,20 @@ def gather(results: Path) -> list[dict[str, Any]]:
     for file, read in (
         ("policy_metaworld.json", _policies),
         ("vla_metaworld.json", _vla),
-        ("actdistill.json", _actdistill),
-        ("actdistill_eighth.json", _actdistill),
+        ("actdistill.json", partial(_actdistill, teacher="vla-metaworld", student="actdistill-metaworld")),
+        (
+            "actdistill_eighth.json",
+            partial(_actdistill, teacher="vla-metaworld", student="actdistill-metaworld-experts"),
+        ),
+        (
+            "actdistill_words.json",
+            partial(_actdistill, teacher="vla-metaworld-words", student="actdistill-metaworld-words"),
+        ),
         ("cifar10_unlabelled.json", _cifar10),
         ("policy_encoders.json", _encoders),
         ("compare_cifar10.json", _compare),
     ):
-        if file == "compare_cifar10.json" and not (results / "cpu" / file).is_file():
+        if file in ("compare_cifar10.json", "actdistill_words.json") and not (results / "cpu" / file).is_file():
             continue  # not run yet
         values = json.loads((results / "cpu" / file).read_text(encoding="utf-8"))
         found += [{**figure, "file": f"bench/results/cpu/{file}"} for figure in read(values)]
@@ -57,11 +65,11 @@ def _successes(values: dict[str, Any], recipe: str) -> list[dict[str, Any]]:
 
 def _vla(values: dict[str, Any]) -> list[dict[str, Any]]:
     device, seconds = values["machine"].partition(",")[0], values["training"]["seconds"]
-    return [_solved("vla-metaworld", "five tasks", values["solved"], values["episodes"], device, seconds)]
+    return [_solved("vla-metaworld", "5 tasks", values["solved"], values["episodes"], device, seconds)]
 
 
-def _actdistill(values: dict[str, Any]) -> list[dict[str, Any]]:
-    device = values["environment"]["processor"]
+def _actdistill(values: dict[str, Any], *, teacher: str, student: str) -> list[dict[str, Any]]:
+    device, tasks = values["environment"]["processor"], f"{values['vla']['success']['total']['tasks']} tasks"
     runs = {run["name"]: run for run in values["runs"]}
     rows = []
     for column in values["vla"]["columns"]:
@@ -69,10 +77,9 @@ def _actdistill(values: dict[str, Any]) -> list[dict[str, Any]]:
             continue
         (one,) = column["per_run"]
         run = runs[one["run"]]
-        metrics, experts = run["metrics"], run["config"].get("router_start") == "experts"
-        student = "actdistill-metaworld-experts" if experts else "actdistill-metaworld"
-        recipe = "vla-metaworld" if column["role"] == "teacher" else student
-        what = "five tasks" if column["role"] == "teacher" else f"five tasks, {column['label']} of the layers' FLOPs"
+        metrics = run["metrics"]
+        recipe = teacher if column["role"] == "teacher" else student
+        what = tasks if column["role"] == "teacher" else f"{tasks}, {column['label']} of the layers' FLOPs"
         seconds = metrics["seconds"] + metrics.get("seconds_stage1", 0.0)
         rows.append(_solved(recipe, what, one["solved"], one["episodes"], device, seconds))
     return rows

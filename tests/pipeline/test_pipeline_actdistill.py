@@ -414,16 +414,17 @@ def test_an_experts_demonstrations_are_found_beside_the_teacher(tmp_path, monkey
     asked = []
 
     def note(demos, name, cameras, out, **options):
-        asked.append(out)
+        asked.append((out, options["demo_noise"]))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(actdistill, "task_demonstrations", note)
     vla = make_vla(tasks=TASKS)
-    for teacher, trained in ((tmp_path / "a" / "vla", {"demos": "20"}), (tmp_path / "b" / "vla", {"demos": "20"})):
-        config = ActDistillConfig(out=str(tmp_path / "c" / "half"), teacher=str(teacher))
+    trained = {"demos": "20", "demo_noise": 0.1}
+    for teacher, given in ((tmp_path / "a" / "vla", None), (tmp_path / "b" / "vla", 0.0)):
+        config = ActDistillConfig(out=str(tmp_path / "c" / "half"), teacher=str(teacher), demo_noise=given)
         with pytest.raises(KeyboardInterrupt):
             actdistill._samples(config, vla, trained, tmp_path / "c" / "half")
-    assert asked == [tmp_path / "a" / "vla", tmp_path / "c" / "half"]
+    assert asked == [(tmp_path / "a" / "vla", 0.1), (tmp_path / "c" / "half", 0.0)]  # and as noisy as the teacher's
 
 
 def test_a_damaged_answer_is_computed_again_or_told(student, teacher, tmp_path) -> None:
@@ -502,6 +503,7 @@ def test_actions_that_are_not_finite_are_named(teacher, demos) -> None:
         ({"router_start": "tasks", "router_standardise": True}, "router_standardise=True would undo"),
         ({"router_start": "experts", "router_standardise": True}, 'router_start="experts" sets the decisions'),
         ({"demos": "0"}, "demos must be a number ≥ 1"),
+        ({"demo_noise": 2.0}, "demo_noise must be from 0 to 1, got 2.0"),
         ({"shift": -1}, "shift must be ≥ 0"),
     ],
 )

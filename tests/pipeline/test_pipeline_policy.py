@@ -149,6 +149,7 @@ def test_every_rank_starts_with_the_same_policy(demos, tmp_path) -> None:
         ({"data": "x"}, "a policy learns from demos="),
         ({"stepz": 3}, "no setting 'stepz'. Did you mean 'steps'"),
         ({"demos": "0"}, "demos must be a number ≥ 1 or a path"),
+        ({"demo_noise": -0.1}, "demo_noise must be from 0 to 1, got -0.1"),
     ],
 )
 def test_bad_settings_are_told_before_any_training(demos, tmp_path, settings, message) -> None:

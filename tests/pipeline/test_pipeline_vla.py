@@ -11,6 +11,8 @@ import xdfast
 from xdfast.cli import _names
 from xdfast.pipeline import VLAConfig
 from xdfast.pipeline.folder import load_run
+from xdfast.pipeline.vla_tasks import task_demonstrations
+from xdfast.robot.demos.format import DemoFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,6 +105,7 @@ def test_it_is_evaluated_in_each_of_its_tasks(run, tmp_path) -> None:
         ({"objective": "l2"}, "objective must be one of l1, smooth_l1"),
         ({"wdith": 3}, "no setting 'wdith'. Did you mean 'width'"),
         ({"demos": "0"}, "demos must be a number"),
+        ({"demo_noise": 1.5}, "demo_noise must be from 0 to 1, got 1.5"),
         ({"tasks": ["drawer-open", "door-open"]}, "has no folder door-open-v3 with the demonstrations"),
         ({"data": "images"}, "not from data and val_data"),
     ],
@@ -122,3 +125,14 @@ def test_bad_settings_are_told_before_any_training(demos, tmp_path, settings, me
 def test_the_command_line_knows_it_by_its_tasks() -> None:
     assert _names(["--tasks", "a", "b"], "tasks") and not _names(["--task", "a"], "tasks")
     assert VLAConfig.from_dict({"tasks": ["a"], "out": "x"}).tasks == ("a",)
+
+
+@needs_renderer
+def test_an_experts_noisy_episodes_lie_apart(tmp_path) -> None:
+    options = {"cameras": ("dp3",), "out": tmp_path / "vla", "image_size": 24, "workers": 1, "progress": False}
+    clean, noisy = (task_demonstrations("1", "coffee-button", demo_noise=noise, **options) for noise in (0.0, 0.2))
+    assert [d.path.name for d in (clean, noisy)] == [
+        "coffee-button-v3-24px-dp3-seed0", "coffee-button-v3-24px-dp3-seed0-noise0.2",
+    ]  # fmt: skip
+    assert [DemoFolder(d.path).facts["noise"] for d in (clean, noisy)] == [0.0, 0.2]
+    assert clean.fingerprint() != noisy.fingerprint()

@@ -116,8 +116,9 @@ def test_two_steps_of_a_policy(name: str, tmp_path, monkeypatch) -> None:
     assert run.policy.spec.horizon == settings["horizon"]
 
 
-def test_two_steps_of_the_vla(tmp_path, monkeypatch) -> None:
-    settings = load_recipe("vla-metaworld").settings
+@pytest.mark.parametrize("recipe", ["vla-metaworld", pytest.param("vla-metaworld-words", marks=pytest.mark.slow)])
+def test_two_steps_of_a_vla(recipe, tmp_path, monkeypatch) -> None:
+    settings = load_recipe(recipe).settings
     monkeypatch.setattr(vla_parts, "SIZE", settings["image_size"])
     demos = vla_parts.task_folders(tmp_path / "demos")
     given = {**settings, **TWO_STEPS, "steps": 2, "warmup_steps": 0, "demos": demos, "out": str(tmp_path / "run")}
@@ -126,7 +127,10 @@ def test_two_steps_of_the_vla(tmp_path, monkeypatch) -> None:
     assert run.policy.num_layers == settings["layers"]
 
 
-@pytest.mark.parametrize("recipe", ["actdistill-metaworld", "actdistill-metaworld-experts"])
+ACTDISTILL = ["actdistill-metaworld", "actdistill-metaworld-experts", "actdistill-metaworld-words"]
+
+
+@pytest.mark.parametrize("recipe", [*ACTDISTILL[:2], pytest.param(ACTDISTILL[2], marks=pytest.mark.slow)])
 def test_two_steps_of_actdistill(recipe, tmp_path) -> None:
     teacher = write_teacher(tmp_path / "vla")
     demos = vla_parts.task_folders(tmp_path / "demos")
@@ -136,6 +140,6 @@ def test_two_steps_of_actdistill(recipe, tmp_path) -> None:
 
 
 def test_every_recipe_that_trains_is_among_them() -> None:
-    trained = {*distillations(), *policies(), "vla-metaworld", "actdistill-metaworld", "actdistill-metaworld-experts"}
+    trained = {*distillations(), *policies(), "vla-metaworld", "vla-metaworld-words", *ACTDISTILL}
     others = [load_recipe(name) for name in recipe_names() if name not in trained]
     assert {recipe.verb for recipe in others} <= {"suite", "compare"}

@@ -168,6 +168,7 @@ def _samples(config: ActDistillConfig, vla: Any, trained: dict[str, Any], out: P
         missing = "tasks" if not tasks else "demos"
         raise ValueError(f"{config.teacher} does not say which {missing} it was trained on; give {missing}=")
     seed = trained.get("demo_seed", 0) if config.demo_seed is None else config.demo_seed
+    noise = trained.get("demo_noise", 0.0) if config.demo_noise is None else config.demo_noise
     beside = Path(config.teacher).expanduser()  # an expert's demonstrations lie beside the run they were collected for
     home = beside if trained and (beside.parent / "demos").is_dir() else out
     opened = [
@@ -177,6 +178,7 @@ def _samples(config: ActDistillConfig, vla: Any, trained: dict[str, Any], out: P
             spec.cameras,
             home,
             demo_seed=seed,
+            demo_noise=noise,
             image_size=spec.image_size[0],
             workers=config.workers,
             progress=config.progress,

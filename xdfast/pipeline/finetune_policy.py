@@ -132,7 +132,7 @@ def open_demonstrations(config: PolicyConfig, out: Path) -> Demonstrations:
     spec = task_spec(config.task)
     size = config.image_size or _DEFAULT_SIZE
     cameras = config.cameras or spec.cameras[:1]
-    folder = expert_folder(out, spec.env, size, cameras, config.demo_seed)
+    folder = expert_folder(out, spec.env, size, cameras, config.demo_seed, config.demo_noise)
     if distributed.is_main() and _episodes_in(folder) < int(config.demos):
         collect(
             spec.name,
@@ -141,6 +141,7 @@ def open_demonstrations(config: PolicyConfig, out: Path) -> Demonstrations:
             image_size=size,
             cameras=cameras,
             seed=config.demo_seed,
+            noise=config.demo_noise,
             workers=config.workers,
             progress=config.progress,
         )
@@ -164,10 +165,11 @@ def _check_own_name(config: PolicyConfig, demos: Demonstrations) -> None:
     )
 
 
-def expert_folder(out: Path, env: str, size: int, cameras: Sequence[str], seed: int) -> Path:
+def expert_folder(out: Path, env: str, size: int, cameras: Sequence[str], seed: int, noise: float = 0.0) -> Path:
     """Where the expert's demonstrations for the run in ``out`` lie: named by everything that determines them, so that runs
     of other encoders and seeds beside it find them, too."""
-    return out.parent / "demos" / f"{env}-{size}px-{'-'.join(cameras)}-seed{seed}"
+    noisy = f"-noise{noise:g}" if noise else ""
+    return out.parent / "demos" / f"{env}-{size}px-{'-'.join(cameras)}-seed{seed}{noisy}"
 
 
 def build_policy(

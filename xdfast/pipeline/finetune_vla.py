@@ -51,8 +51,8 @@ def finetune_vla(config: VLAConfig, model: Any = None) -> RunResult:
     cameras = config.cameras or task_spec(names[0]).cameras[:1]
     demos = [
         task_demonstrations(
-            config.demos, name, cameras, out, demo_seed=config.demo_seed, image_size=config.image_size,
-            workers=config.workers, progress=config.progress,
+            config.demos, name, cameras, out, demo_seed=config.demo_seed, demo_noise=config.demo_noise,
+            image_size=config.image_size, workers=config.workers, progress=config.progress,
         )
         for name in names
     ]  # fmt: skip

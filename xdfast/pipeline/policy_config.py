@@ -131,6 +131,9 @@ class PolicyConfig(DenoisingConfig, ActingConfig):
     """Take only the first so many of a folder's demonstrations."""
     demo_seed: int = 0
     """First seed of the episodes that the expert solves."""
+    demo_noise: float = 0.0
+    """Standard deviation of noise on what the expert executes (actions span [-1, 1]; recorded is what it wanted): episodes
+    then show the way back, too (DART, arXiv 1703.09327)."""
     cameras: tuple[str, ...] = ()
     """Cameras to look through; default: the task's first, or all of the demonstrations'."""
     image_size: int | None = None
@@ -181,6 +184,8 @@ class PolicyConfig(DenoisingConfig, ActingConfig):
             "kernel_size", "noise_draws", "feature_crops",
         )  # fmt: skip
         self._not_negative("demo_seed")
+        if not 0 <= self.demo_noise <= 1:
+            raise ValueError(f"demo_noise must be from 0 to 1, got {self.demo_noise!r}: actions span [-1, 1]")
         self._one_of("encoder", ("joint", "frozen"))
         self._one_of("norm", ("auto", "frozen", "group", "batch"))
         if self.crop is not None and self.image_size is not None and self.crop > self.image_size:

@@ -150,7 +150,9 @@ def _demonstrations(run: RunResult, policy: DiffusionPolicy) -> Demonstrations:
     if not given.isdigit():
         return open_demos(given, limit=config.get("demo_limit"), cameras=spec.cameras or None)
     env = spec.task.rpartition("/")[2]
-    folder = expert_folder(run.path, env, spec.image_size[0], spec.cameras, config["demo_seed"])
+    folder = expert_folder(
+        run.path, env, spec.image_size[0], spec.cameras, config["demo_seed"], config.get("demo_noise", 0.0)
+    )
     return open_demos(folder, limit=int(given))
 
 

@@ -144,7 +144,8 @@ def _moments(vla: CompactVLA, run: RunResult) -> Observation:
     for task in spec.tasks:
         env = task_spec(task).env
         if given.isdigit():
-            folder = expert_folder(run.path, env, spec.image_size[0], spec.cameras, run.config["demo_seed"])
+            seed, noise = run.config["demo_seed"], run.config.get("demo_noise", 0.0)
+            folder = expert_folder(run.path, env, spec.image_size[0], spec.cameras, seed, noise)
         else:
             root = Path(given).expanduser()
             folder = next(

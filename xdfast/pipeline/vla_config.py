@@ -22,6 +22,9 @@ class VLAConfig(DenoisingConfig, ActingConfig):
     """How many demonstrations the scripted expert gives of each task, or a folder with a folder of demonstrations per task."""
     demo_seed: int = 0
     """First seed of the episodes that the expert solves."""
+    demo_noise: float = 0.0
+    """Standard deviation of noise on what the expert executes (actions span [-1, 1]; recorded is what it wanted): episodes
+    then show the way back, too (DART, arXiv 1703.09327)."""
     cameras: tuple[str, ...] = ()
     """Cameras to look through; default: the first task's first."""
     image_size: int | None = None
@@ -70,6 +73,8 @@ class VLAConfig(DenoisingConfig, ActingConfig):
             "denoiser_width", "denoiser_depth", "noise_draws",
         )  # fmt: skip
         self._not_negative("demo_seed")
+        if not 0 <= self.demo_noise <= 1:
+            raise ValueError(f"demo_noise must be from 0 to 1, got {self.demo_noise!r}: actions span [-1, 1]")
         self._one_of("norm", ("auto", "frozen", "group", "batch"))
         self._one_of("objective", ("l1", "smooth_l1", "diffusion"))
         DiffusionSettings(self.scheduler, self.prediction, self.train_steps, self.inference_steps).validate()

@@ -28,6 +28,7 @@ def task_demonstrations(
     out: Path,
     *,
     demo_seed: int = 0,
+    demo_noise: float = 0.0,
     image_size: int | None = None,
     workers: int | str = "auto",
     progress: bool = True,
@@ -45,8 +46,8 @@ def task_demonstrations(
             raise ValueError(f"{root} has no folder {spec.env} with the demonstrations of {task}")
         return open_demos(found[0], cameras=cameras)
     one = PolicyConfig(
-        task=task, out=str(out), demos=demos, demo_seed=demo_seed, cameras=cameras, image_size=image_size,
-        workers=workers, progress=progress,  # type: ignore[arg-type]
+        task=task, out=str(out), demos=demos, demo_seed=demo_seed, demo_noise=demo_noise, cameras=cameras,
+        image_size=image_size, workers=workers, progress=progress,  # type: ignore[arg-type]
     )  # fmt: skip
     return open_demonstrations(one, out)
 
