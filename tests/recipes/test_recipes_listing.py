@@ -116,6 +116,8 @@ def test_a_page_without_its_markers() -> None:
         ("vla-metaworld", "actdistill.json", ["vla"]),
         ("actdistill-metaworld", "actdistill.json", ["half"]),
         ("actdistill-metaworld-experts", "actdistill_eighth.json", ["eighth"]),
+        ("vla-metaworld-words", "actdistill_words.json", ["vla"]),
+        ("actdistill-metaworld-words", "actdistill_words.json", ["words"]),
     ],
 )
 def test_our_runs_had_the_recipes_settings(recipe: str, file: str, runs) -> None:
