@@ -6,7 +6,7 @@
 #   bash bench/actdistill.sh [runs] [episodes] [half|eighth|words]
 #
 # half: recipe actdistill-metaworld, four layers of eight. eighth: actdistill-metaworld-experts, one of eight. Both take the teacher and
-# the first stage from the same folder. words: actdistill-metaworld-words, one of eight on tasks that their words tell apart, with a
+# the first stage from the same folder. words: actdistill-metaworld-words, one of eight on tasks of which two look alike, with a
 # teacher of its own (give it another folder). The page is RUNS/half.html; its JSON becomes bench/results/cpu/actdistill.json
 # (eighth.html, actdistill_eighth.json; words.html, actdistill_words.json).
 set -euo pipefail

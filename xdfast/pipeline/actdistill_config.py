@@ -116,8 +116,7 @@ class ActDistillConfig(ActingConfig):
         self._one_of("cache_dtype", ("float16", "float32"))
         if not 0 < self.target_flops <= 1:
             raise ValueError(f"target_flops must be a fraction in (0, 1], got {self.target_flops!r}")
-        if self.demo_noise is not None and not 0 <= self.demo_noise <= 1:
-            raise ValueError(f"demo_noise must be from 0 to 1, got {self.demo_noise!r}: actions span [-1, 1]")
+        self._check_noise(self.demo_noise)
         if not 0 <= self.router_delay <= 1:
             raise ValueError(f"router_delay must be a part of the updates in [0, 1], got {self.router_delay!r}")
         if self.router_start in ("tasks", "experts") and self.router_standardise:

@@ -168,7 +168,7 @@ def _check_own_name(config: PolicyConfig, demos: Demonstrations) -> None:
 def expert_folder(out: Path, env: str, size: int, cameras: Sequence[str], seed: int, noise: float = 0.0) -> Path:
     """Where the expert's demonstrations for the run in ``out`` lie: named by everything that determines them, so that runs
     of other encoders and seeds beside it find them, too."""
-    noisy = f"-noise{noise:g}" if noise else ""
+    noisy = f"-noise{noise}" if noise else ""
     return out.parent / "demos" / f"{env}-{size}px-{'-'.join(cameras)}-seed{seed}{noisy}"
 
 

@@ -96,6 +96,11 @@ class ActingConfig(StepsConfig):
         self._positive("max_steps", "envs")
         self._not_negative("episodes", "eval_seed")
 
+    @staticmethod
+    def _check_noise(demo_noise: float | None) -> None:
+        if demo_noise is not None and not 0 <= demo_noise <= 1:
+            raise ValueError(f"demo_noise must be from 0 to 1, got {demo_noise!r}: actions span [-1, 1]")
+
 
 @dataclass(kw_only=True)
 class DenoisingConfig:
@@ -184,8 +189,7 @@ class PolicyConfig(DenoisingConfig, ActingConfig):
             "kernel_size", "noise_draws", "feature_crops",
         )  # fmt: skip
         self._not_negative("demo_seed")
-        if not 0 <= self.demo_noise <= 1:
-            raise ValueError(f"demo_noise must be from 0 to 1, got {self.demo_noise!r}: actions span [-1, 1]")
+        self._check_noise(self.demo_noise)
         self._one_of("encoder", ("joint", "frozen"))
         self._one_of("norm", ("auto", "frozen", "group", "batch"))
         if self.crop is not None and self.image_size is not None and self.crop > self.image_size:

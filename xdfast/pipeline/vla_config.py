@@ -73,8 +73,7 @@ class VLAConfig(DenoisingConfig, ActingConfig):
             "denoiser_width", "denoiser_depth", "noise_draws",
         )  # fmt: skip
         self._not_negative("demo_seed")
-        if not 0 <= self.demo_noise <= 1:
-            raise ValueError(f"demo_noise must be from 0 to 1, got {self.demo_noise!r}: actions span [-1, 1]")
+        self._check_noise(self.demo_noise)
         self._one_of("norm", ("auto", "frozen", "group", "batch"))
         self._one_of("objective", ("l1", "smooth_l1", "diffusion"))
         DiffusionSettings(self.scheduler, self.prediction, self.train_steps, self.inference_steps).validate()
