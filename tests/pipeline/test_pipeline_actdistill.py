@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -177,6 +180,20 @@ def test_baselines_share_the_first_stage(routing, router, student, teacher, tmp_
     run = xdfast.distill(teacher=teacher, out=str(tmp_path / routing), **settings)
     assert type(run.policy.layers.router) is router
     assert run.metrics["flops_fraction"] == pytest.approx(0.5)
+
+
+def test_a_student_waits_for_the_one_that_works_on_the_first_stage(student, teacher, tmp_path, caplog) -> None:
+    hold = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); time.sleep(60)"
+    stage1 = student.path / "stage1"
+    with subprocess.Popen([sys.executable, "-c", hold, str(stage1 / "lock")], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        threading.Timer(1.5, other.kill).start()
+        with caplog.at_level("INFO", "xdfast"):
+            settings = {**SMALL, "steps": 4, "routing": "static", "stage1": str(stage1)}
+            run = xdfast.distill(teacher=teacher, out=str(tmp_path / "x"), **settings)
+    waited = [i for i, line in enumerate(caplog.messages) if "works on stage 1" in line and "waiting" in line]
+    found = [i for i, line in enumerate(caplog.messages) if "stage 1 is finished" in line]
+    assert len(waited) == len(found) == 1 and waited < found and run.metrics["steps"] == 4
 
 
 def test_a_router_that_standardises_sends_samples_different_ways(student, teacher, demos, tmp_path) -> None:

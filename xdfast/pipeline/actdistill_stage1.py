@@ -21,8 +21,8 @@ from xdfast.models.checkpoint import atomic_write
 from xdfast.nn import GraphEncapsulation
 from xdfast.pipeline.actdistill_config import ActDistillConfig
 from xdfast.pipeline.actdistill_task import EncapsulationTask
-from xdfast.pipeline.alone import alone_in
-from xdfast.pipeline.folder import finish, open_folder
+from xdfast.pipeline.alone import turn_in
+from xdfast.pipeline.folder import RunResult, finish, open_folder
 from xdfast.pipeline.journal import read_history
 from xdfast.pipeline.loop import train
 from xdfast.pipeline.policy_config import StepsConfig
@@ -89,7 +89,7 @@ def run_stage1(
     config: ActDistillConfig, teacher: Any, loader: ViewLoader, fingerprints: list[Any], device: torch.device
 ) -> Encapsulated:
     """Trains the heads, or finds them trained, and fills the store with the answers stage 2 will ask for and that are missing
-    in it. Both continue after a kill.
+    in it. Both continue after a kill. Of several processes that start on one folder, one works and the others wait.
 
     Args:
         config: of the whole method.
@@ -115,16 +115,50 @@ def run_stage1(
         weight_decay=config.weight_decay, log_every=config.log_every, checkpoint_seconds=config.checkpoint_seconds,
         progress=config.progress, overwrite=config.overwrite, channels_last=False, tensorboard=config.tensorboard,
     )  # fmt: skip
-    seed_everything(config.seed, 2)
+    finished = open_folder(mine, "heads")[1]  # refuses other settings before it waits
+    with turn_in(out, "stage 1"):
+        if finished is None:
+            finished = open_folder(mine, "heads")[1]  # the process waited for may have finished it
+        heads, finished = _heads(mine, graph, teacher, loader, device, finished)
+        store = TeacherStore.open(
+            out / _TARGETS,
+            {
+                "teacher": mine.teacher,
+                "heads": weights_hash(heads),
+                "data": mine.data,
+                "views": mine.views,
+                "amp": config.amp,
+            },
+            samples=len(loader.data),
+            views=loader.views,
+            outputs={
+                "semantics": teacher.num_layers * config.semantic_dim,
+                "actions": teacher.num_layers * teacher.chunk * teacher.action_dim,
+            },
+            dtype=config.cache_dtype,
+        )
+        _fill(config, store, teacher, heads, loader, device)
+    return Encapsulated(heads, store, finished.metrics)
+
+
+def _heads(
+    mine: HeadsConfig,
+    graph: dict[str, Any],
+    teacher: Any,
+    loader: ViewLoader,
+    device: torch.device,
+    finished: RunResult | None,
+) -> tuple[GraphEncapsulation, RunResult]:
+    """The trained heads, frozen, and their run; trains them if it is not finished."""
+    out = Path(mine.out)
+    seed_everything(mine.seed, 2)
     heads = GraphEncapsulation(**graph).to(device)
-    _, finished = open_folder(mine, "heads")
     if finished is None:
         if distributed.is_main():
             log.info("stage 1: graph heads of %.2f M parameters on the frozen teacher", millions(heads))
         task = EncapsulationTask(heads, teacher)
-        steps = ViewLoader.like(loader, config.heads_steps)
-        with alone_in(out):
-            result = train(task, steps, mine, out, device=device, validate=lambda net: {}, title="stage 1")
+        steps = ViewLoader.like(loader, mine.steps)
+        result = train(task, steps, mine, out, device=device, validate=lambda net: {}, title="stage 1")
         if distributed.is_main():
             _save(result.module, out / _HEADS, graph)
         last = _last_loss(out)
@@ -134,26 +168,7 @@ def run_stage1(
         if distributed.is_main():
             log.info("stage 1 is finished in %s", out)
         load_weights(heads, out / _HEADS / "heads.safetensors", "stage 1")
-    heads = heads.to(device).eval().requires_grad_(False)
-    store = TeacherStore.open(
-        out / _TARGETS,
-        {
-            "teacher": mine.teacher,
-            "heads": weights_hash(heads),
-            "data": mine.data,
-            "views": mine.views,
-            "amp": config.amp,
-        },
-        samples=len(loader.data),
-        views=loader.views,
-        outputs={
-            "semantics": teacher.num_layers * config.semantic_dim,
-            "actions": teacher.num_layers * teacher.chunk * teacher.action_dim,
-        },
-        dtype=config.cache_dtype,
-    )
-    _fill(config, store, teacher, heads, loader, device)
-    return Encapsulated(heads, store, finished.metrics)
+    return heads.to(device).eval().requires_grad_(False), finished
 
 
 def _fill(
