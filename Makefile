@@ -36,7 +36,7 @@ help:
 	@echo "make bench-cache an epoch with a live teacher against one from the teacher cache (about 4 minutes)"
 	@echo "make bench-robot frames/s of simulated tasks; writes bench/results/cpu/robot_sim.json"
 	@echo "make bench-routed layers that are skipped, against dense ones and other ways to skip (about 12 minutes)"
-	@echo "make bench-actdistill a VLA, its student with half of the layers and two baselines in closed loop (hours; RUNS=folder PART=half|eighth|words)"
+	@echo "make bench-actdistill a VLA, its student with half of the layers and two baselines in closed loop (hours; RUNS=folder PART=half|eighth|words SEEDS=\"0 1 2\")"
 	@echo "make harden      drawn cases of every loss and op, damaged files; writes bench/results/cpu/hardening.json (PARTS=\"losses ops\")"
 	@echo "make figures     tables and pictures of README and docs from bench/results"
 	@echo "make docs        the documentation site in site/, warnings are errors      make docs-serve   while you write"
@@ -131,7 +131,7 @@ bench-routed: $(STAMP)
 
 bench-actdistill: $(STAMP)
 	@MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456 PYTHON="$(BIN)/python" \
-	  bash bench/actdistill.sh "$(or $(RUNS),runs/actdistill)" 60 "$(or $(PART),half)"
+	  bash bench/actdistill.sh "$(or $(RUNS),runs/actdistill)" 60 "$(or $(PART),half)" "$(or $(SEEDS),0)"
 
 bench-gpu: $(STAMP)
 	@PYTHON="$(BIN)/python" bash bench/gpu.sh

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 __all__ = ["BEGIN", "END", "gather", "main", "page"]
@@ -69,19 +70,26 @@ def _vla(values: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _actdistill(values: dict[str, Any], *, teacher: str, student: str) -> list[dict[str, Any]]:
+    from xdfast.reporting.tables import summarize
+
     device, tasks = values["environment"]["processor"], f"{values['vla']['success']['total']['tasks']} tasks"
     runs = {run["name"]: run for run in values["runs"]}
     rows = []
     for column in values["vla"]["columns"]:
         if column["role"] not in ("teacher", "learned"):
             continue
-        (one,) = column["per_run"]
-        run = runs[one["run"]]
-        metrics = run["metrics"]
+        trained = column["per_run"]
         recipe = teacher if column["role"] == "teacher" else student
         what = tasks if column["role"] == "teacher" else f"{tasks}, {column['label']} of the layers' FLOPs"
-        seconds = metrics["seconds"] + metrics.get("seconds_stage1", 0.0)
-        rows.append(_solved(recipe, what, one["solved"], one["episodes"], device, seconds))
+        metrics = [runs[one["run"]]["metrics"] for one in trained]
+        seconds = fmean(m["seconds"] + m.get("seconds_stage1", 0.0) for m in metrics)
+        solved, episodes = (sum(one[key] for one in trained) for key in ("solved", "episodes"))
+        if len(trained) == 1:
+            rows.append(_solved(recipe, what, solved, episodes, device, seconds))
+        else:
+            over = summarize([one["rate"] for one in trained])
+            what += f", {solved} of {episodes} episodes"
+            rows.append(_row(recipe, what, "success", over.mean, over.n, device, seconds, over.half_width))
     return rows
 
 

@@ -18,6 +18,7 @@ FREE_SETTINGS = frozenset(
         "tensorboard",
         "progress",
         "overwrite",
+        "stage1",  # where the heads are kept; how they are trained is told by settings of their own
         "parallel",  # these two: but for rounding, and the resume file is the same
         "channels_last",
     }

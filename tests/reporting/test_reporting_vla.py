@@ -134,7 +134,10 @@ def test_table_and_comparisons_by_hand() -> None:
 def test_several_seeds_are_pooled_and_paired_by_seed() -> None:
     students = [record(f"stu-s{s}", "learned", s, solved=(8 - s, 7)) for s in range(3)]
     static = [record(f"sta-s{s}", "static", s, solved=(4, 3)) for s in range(3)]
+    for run in (*students, *static):  # the first stage of a seed is its own: no other method
+        run.config["stage1"] = f"runs/stage1-{run.seed}" if run.seed else "runs/stage1"
     groups, _ = groups_of([record(), *students, *static])
+    assert [len(group.runs) for group in groups] == [1, 3, 3]
     cell = success_table(groups)["total"]["cells"][1]
     assert (cell["solved"], cell["episodes"]) == (42, 60) and cell["per_run"] == pytest.approx([0.75, 0.7, 0.65])
     assert cell["over_runs"]["mean"] == pytest.approx(0.7) and cell["over_runs"]["half_width"] > 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from xdfast.pipeline.policy_config import ActingConfig
 
@@ -92,8 +92,6 @@ class ActDistillConfig(ActingConfig):
     weight_decay: float = 1e-4
     cache_dtype: Literal["float16", "float32"] = "float16"
     """How the teacher's answers are kept."""
-
-    FREE: ClassVar[frozenset[str]] = ActingConfig.FREE | {"stage1"}
 
     def validate(self) -> None:
         """Checks every value before any work.
