@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,14 @@ from xdfast.pipeline.actdistill_task import embedded
 from xdfast.pipeline.vla_tasks import task_demonstrations
 from xdfast.robot.vla import MultiTaskWindows, ViewLoader, load_vla
 
-__all__ = ["main", "measure"]
+__all__ = ["held_out", "main", "measure"]
 
 #: Every so many samples: neighbours in time are nearly the same.
 _STRIDE = 3
 
 
-@torch.no_grad()
-def measure(run: str, *, demos: str = "6", seed: int = 5000) -> dict[str, Any]:
-    """The policy's own loss of each task on demonstrations of other seeds, with their usual instruction and pictures as they are.
+def held_out(run: str, *, demos: str, seed: int) -> tuple[Any, list[tuple[str, Iterator[Any]]]]:
+    """A policy, and of each of its tasks the samples of demonstrations of other seeds, in batches, as the policy sees them.
 
     Args:
         run: folder of a VLA or of a student of one.
@@ -38,7 +37,7 @@ def measure(run: str, *, demos: str = "6", seed: int = 5000) -> dict[str, Any]:
         seed: of the first of the expert's.
 
     Returns:
-        ``loss`` by task, their mean, and on how many samples.
+        The policy in eval mode; task → every third sample, in batches with actions and the task's usual instruction.
 
     Raises:
         ValueError: no demonstrations of one of the policy's tasks.
@@ -54,14 +53,32 @@ def measure(run: str, *, demos: str = "6", seed: int = 5000) -> dict[str, Any]:
     ]
     data = MultiTaskWindows(opened, spec.cameras, horizon=spec.horizon, image_size=spec.image_size, tasks=tasks)
     loader = ViewLoader(data, vla.tokenizer, spec.text_length, 64, 1, views=1, shift=0)
+
+    def batches(first: int, end: int) -> Iterator[Any]:
+        for ids in torch.arange(first, end, _STRIDE).split(64):
+            yield loader.read(ids, torch.zeros_like(ids))
+
+    return vla, [(task, batches(*span)) for task, span in zip(tasks, pairwise(data.starts.tolist()))]
+
+
+@torch.no_grad()
+def measure(run: str, *, demos: str = "6", seed: int = 5000) -> dict[str, Any]:
+    """The policy's own loss of each task on demonstrations of other seeds, with their usual instruction and pictures as they are.
+
+    Args:
+        run, demos, seed: as of :func:`held_out`, which says what is raised.
+
+    Returns:
+        ``loss`` by task, their mean, and on how many samples.
+    """
+    vla, tasks = held_out(run, demos=demos, seed=seed)
     losses: dict[str, float] = {}
     count = 0
-    for task, (first, end) in zip(tasks, pairwise(data.starts.tolist())):
+    for task, batches in tasks:
         total = samples = 0.0
-        for ids in torch.arange(first, end, _STRIDE).split(64):
-            batch = loader.read(ids, torch.zeros_like(ids))
-            total += float(vla.chunk_loss(vla.layers(embedded(vla, batch)), batch.actions)) * len(ids)
-            samples += len(ids)
+        for batch in batches:
+            total += float(vla.chunk_loss(vla.layers(embedded(vla, batch)), batch.actions)) * len(batch.actions)
+            samples += len(batch.actions)
         losses[task] = total / samples
         count += int(samples)
     return {"run": Path(run).name, "loss": losses, "mean": sum(losses.values()) / len(losses), "samples": count}
