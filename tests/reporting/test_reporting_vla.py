@@ -11,7 +11,7 @@ from xdfast.reporting import PolicyRecord, RunRecord, VLARecord, build_report
 from xdfast.reporting.intervals import newcombe_interval, paired_interval
 from xdfast.reporting.vla_cost import cost_rows
 from xdfast.reporting.vla_curves import curves, terms
-from xdfast.reporting.vla_plots import heat_maps, over_time, pareto
+from xdfast.reporting.vla_plots import _apart, heat_maps, over_time, pareto
 from xdfast.reporting.vla_tables import (
     column_rows,
     comparisons,
@@ -264,6 +264,13 @@ def test_pictures_say_in_words_what_they_show() -> None:
     assert heat_maps(record(), "teacher") is None and over_time(record(), "teacher") is None
     no_times = record("stu", "learned", paths={OPEN: {**routed(), "use_over_time": [None] * 10}})
     assert heat_maps(no_times, "student") is not None and over_time(no_times, "student") is None
+
+
+def test_marks_are_moved_only_where_they_hide_each_other() -> None:
+    assert _apart([(100, 60, 70), (12.7, 78, 82), (12.5, 64, 69), (12.5, 25, 34)]) == [100, 12.7, 12.5, 12.5]
+    assert _apart([(50, 60, 70), (50.4, 65, 75), (50, 10, 20)]) == pytest.approx([49.4, 51.0, 50])
+    # the first and the last do not overlap, but each does with the one between
+    assert _apart([(50, 60, 70), (50, 68, 80), (50, 78, 90)]) == pytest.approx([48.4, 50, 51.6])
 
 
 def test_curves_have_every_term_known_or_not() -> None:

@@ -43,7 +43,7 @@ def pareto(columns: Sequence[dict[str, Any]], total: dict[str, Any]) -> Picture 
     if len(shown) < 2:
         return None
     figure, (ax,) = new_figure(7.4, 4.4)
-    xs = _apart([100 * column["fraction"] for column, _ in shown])
+    xs = _apart([(100 * column["fraction"], *(100 * end for end in cell["wilson"])) for column, cell in shown])
     for (column, cell), x in zip(shown, xs, strict=True):
         color, marker = LOOK[column["role"]]
         rate = 100 * cell["solved"] / cell["episodes"]
@@ -51,8 +51,14 @@ def pareto(columns: Sequence[dict[str, Any]], total: dict[str, Any]) -> Picture 
         ax.plot([x, x], [low, high], color=color, linewidth=1.8, solid_capstyle="butt", zorder=2)
         if len(column["per_run"]) > 1:
             seen = [(r["fraction"], r["rate"]) for r in column["per_run"] if None not in (r["fraction"], r["rate"])]
+            beside = x - 1.6 - 100 * column["fraction"]  # where the mark does not hide them
             ax.scatter(
-                [100 * f for f, _ in seen], [100 * r for _, r in seen], s=12, color=color, alpha=0.6, linewidths=0
+                [100 * f + beside for f, _ in seen],
+                [100 * r for _, r in seen],
+                s=12,
+                color=color,
+                alpha=0.6,
+                linewidths=0,
             )
         size = 14 if marker == "*" else 9
         ax.plot([x], [rate], marker=marker, color=color, markersize=size, zorder=3)
@@ -94,7 +100,7 @@ def pareto(columns: Sequence[dict[str, Any]], total: dict[str, Any]) -> Picture 
         "Success and computation",
         told + ".",
         f"{kinds[:1].upper()}{kinds[1:]}. Lines: Wilson's 95 % interval of the pooled episodes"
-        + ("; small marks: single training runs." if several else ".")
+        + ("; small marks beside: single training runs." if several else ".")
         + " Shares are counted over the decisions of these episodes, the router included.",
     )
 
@@ -229,21 +235,26 @@ def _bar(figure: Any, image: Any, axes: list[Any]) -> None:
     bar.outline.set_visible(False)
 
 
-def _apart(xs: Sequence[float], least: float = 1.6) -> list[float]:
-    """Points at the same place are moved by about a per cent so that their intervals can be told apart."""
-    order = sorted(range(len(xs)), key=lambda i: xs[i])
-    moved = list(xs)
-    start = 0
-    while start < len(order):
-        end = start + 1
-        while end < len(order) and xs[order[end]] - xs[order[end - 1]] < least:
-            end += 1
-        group = order[start:end]
-        middle = sum(xs[i] for i in group) / len(group)
-        for place, index in enumerate(group):
-            moved[index] = xs[index] if len(group) == 1 else middle + least * (place - (len(group) - 1) / 2)
-        start = end
+def _apart(points: Sequence[tuple[float, float, float]], least: float = 1.6) -> list[float]:
+    """Where to draw points ``(x, low, high)``: those at the same x whose intervals overlap are moved by about a per cent."""
+    moved = [x for x, _, _ in points]
+    waiting = sorted(range(len(points)), key=lambda i: points[i][0])
+    while waiting:
+        group = [waiting.pop(0)]
+        for i in group:  # which grows: whatever hides one of them
+            near = [j for j in waiting if abs(points[i][0] - points[j][0]) < least and _overlap(points[i], points[j])]
+            group += near
+            waiting = [j for j in waiting if j not in near]
+        if len(group) > 1:
+            group.sort(key=lambda i: points[i][0])
+            middle = sum(points[i][0] for i in group) / len(group)
+            for place, i in enumerate(group):
+                moved[i] = middle + least * (place - (len(group) - 1) / 2)
     return moved
+
+
+def _overlap(one: tuple[float, float, float], other: tuple[float, float, float]) -> bool:
+    return one[1] <= other[2] and other[1] <= one[2]
 
 
 def _label(figure: Any, ax: Any, points: Sequence[tuple[float, float, str]]) -> None:
