@@ -362,6 +362,22 @@ def test_a_killed_worker_is_named_where_its_batch_is_waited_for(source):
     assert len(read(loader)) == 23  # a new epoch starts new processes
 
 
+def test_a_worker_that_is_killed_with_torchs_lock_in_its_hands(source):
+    loader = ImageLoader(source, 1, 8, True, workers=2)
+    batches = loader.epoch(1, start=2)
+    next(batches)
+    iterator = loader._engine._loader._iterator
+    lock = iterator._workers_done_event._event._cond  # which workers take for each batch; nobody will give it back
+    lock.acquire()
+    os.kill(iterator._workers[1].pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"a loader process died: worker 1 \(pid \d+\) by SIGKILL"):
+        list(batches)
+    for process in iterator._workers:
+        process.join(5)
+    assert not any(process.is_alive() for process in iterator._workers)
+    assert len(read(loader)) == 23
+
+
 def test_what_a_dying_worker_breaks_is_taken_for_its_death():
     """A connection breaks before its process counts as ended."""
     processes = [multiprocessing.get_context("fork").Process(target=time.sleep, args=(s,)) for s in (0.2, 60)]

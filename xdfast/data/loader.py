@@ -18,7 +18,7 @@ from xdfast.data.prefetch import prefetched
 from xdfast.data.reader import Batch, BatchReader, make_batch
 from xdfast.data.sources import ImageSource
 from xdfast.data.views import Augment, Views
-from xdfast.data.worker_death import is_death, obituary, report_when_waiting
+from xdfast.data.worker_death import is_death, obituary, report_when_waiting, survive_held_lock
 from xdfast.data.worker_signals import end, leave_signals_to_parent, look_after
 
 __all__ = ["ImageLoader", "choose_workers"]
@@ -213,6 +213,7 @@ class _Worked:
         try:
             iterator: Any = iter(self._loader)
             report_when_waiting(iterator)
+            survive_held_lock(iterator)
             look_after(getattr(iterator, "_workers", []))
             for batch in iterator:
                 self._sampler.under_way.popleft()

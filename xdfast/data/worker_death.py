@@ -11,8 +11,9 @@ import torch
 
 from xdfast.data.batches import PADDING
 from xdfast.data.sources import ImageSource
+from xdfast.data.worker_signals import end
 
-__all__ = ["is_death", "obituary", "report_when_waiting"]
+__all__ = ["is_death", "obituary", "report_when_waiting", "survive_held_lock"]
 
 _NAMED = 3
 _DYING_SECONDS = 1.0
@@ -33,6 +34,36 @@ def report_when_waiting(iterator: Any) -> None:
     if getattr(iterator, "_worker_pids_set", False):
         torch.utils.data._utils.signal_handling._remove_worker_pids(id(iterator))
         iterator._worker_pids_set = False
+
+
+def survive_held_lock(iterator: Any) -> None:
+    """Lets the process that waits for batches go on where a worker died with the lock of torch's event for the end.
+
+    Every worker looks at that event for each batch, under a lock that all processes share; one that is killed just then keeps it
+    for good, and torch, having noticed the death, waited for the lock instead of telling.
+    """
+    event = getattr(iterator, "_workers_done_event", None)
+    if event is not None and not isinstance(event, _DoneEvent):
+        iterator._workers_done_event = _DoneEvent(event, iterator._workers)
+
+
+class _DoneEvent:
+    """``multiprocessing.Event`` for the one process that sets it: needs no lock to know whether it did."""
+
+    def __init__(self, event: Any, processes: list[Any]) -> None:
+        self._event, self._processes, self._done = event, processes, False
+
+    def is_set(self) -> bool:
+        return self._done
+
+    def set(self) -> None:
+        self._done = True
+        lock = self._event._cond
+        if lock.acquire(timeout=_DYING_SECONDS):
+            lock.release()
+            self._event.set()
+        else:  # it is lost, and the workers wait for it
+            end(self._processes)
 
 
 def is_death(error: Exception, processes: list[Any]) -> bool:
