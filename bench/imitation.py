@@ -22,7 +22,7 @@ from xdfast.pipeline.actdistill_task import embedded
 from xdfast.pipeline.vla_tasks import task_demonstrations
 from xdfast.robot.vla import MultiTaskWindows, ViewLoader, load_vla
 
-__all__ = ["held_out", "main", "measure"]
+__all__ = ["held_out", "main", "measure", "options"]
 
 #: Every so many samples: neighbours in time are nearly the same.
 _STRIDE = 3
@@ -84,14 +84,19 @@ def measure(run: str, *, demos: str = "6", seed: int = 5000) -> dict[str, Any]:
     return {"run": Path(run).name, "loss": losses, "mean": sum(losses.values()) / len(losses), "samples": count}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a row for each run, and writes all to ``--out``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(description: str) -> argparse.ArgumentParser:
+    """The command line of a program that looks at runs through :func:`held_out`."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--demos", default="6", help="of each task: a number of episodes, or a folder")
     parser.add_argument("--seed", type=int, default=5000)
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a row for each run, and writes all to ``--out``."""
+    given = options(__doc__.splitlines()[0]).parse_args(argv)
     rows = []
     for run in given.runs:
         rows.append(measure(run, demos=given.demos, seed=given.seed))

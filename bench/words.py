@@ -9,7 +9,6 @@ its own loss against the demonstrated actions, which must rise with the wrong wo
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from xdfast.bench.imitation import held_out
+from xdfast.bench.imitation import held_out, options
 from xdfast.nn import routed_stacks
 from xdfast.pipeline.actdistill_task import embedded
 from xdfast.robot.vla import instructions_of
@@ -117,11 +116,7 @@ def draw(row: dict[str, Any], told: dict[str, Any], file: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a few figures for each run; ``--out`` keeps all, ``--figure`` draws the first routed run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+")
-    parser.add_argument("--demos", default="6", help="of each task: a number of episodes, or a folder")
-    parser.add_argument("--seed", type=int, default=5000)
-    parser.add_argument("--out", type=Path)
+    parser = options(__doc__.splitlines()[0])
     parser.add_argument("--figure", type=Path)
     given = parser.parse_args(argv)
     rows, drawn = [], False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from vla_parts import TASKS, make_vla, task_folders
 
 from xdfast.bench import imitation
 from xdfast.bench.words import followed, main, measure
+from xdfast.nn import routed_stacks
 from xdfast.robot.vla import derive_student, instructions_of, save_vla
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,6 +46,22 @@ def test_shares_of_the_words_and_of_the_picture_by_hand() -> None:
     assert told["mean"] == {"words": 0.5, "picture": 0.125}
     same = followed([[{a: 4}, {a: 4}], [{a: 4}, {a: 4}]])
     assert same["mean"] == {"words": None, "picture": None} and same["words"] == [[None, None], [None, None]]
+
+
+def test_paths_are_those_of_the_routed_layers(teacher, demos, tmp_path) -> None:
+    student = derive_student(teacher, 0.5, always_on=(), router={"hidden": 4}).eval()
+    save_vla(student, tmp_path / "routed")
+    found = measure(str(tmp_path / "routed"), demos=demos)
+    assert [[sum(cell.values()) for cell in row] for row in found["paths"]] == [[n, n] for n in found["samples"]]
+    vla, tasks = imitation.held_out(str(tmp_path / "routed"), demos=demos, seed=5000)
+    with torch.no_grad():
+        for number, (_, batches) in enumerate(tasks):
+            wanted: Counter[str] = Counter()
+            for batch in batches:
+                vla.layers(vla.embed(batch))
+                on = routed_stacks(vla)[0].decision.gates.amax(2) > 0.5
+                wanted.update("".join("01"[x] for x in row) for row in on.int().tolist())
+            assert found["paths"][number][number] == wanted
 
 
 @pytest.mark.parametrize("by_words", [True, False])
